@@ -1,0 +1,5 @@
+"""Remanence: models with memory that keep learning."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
