@@ -1,0 +1,44 @@
+"""Decays in log space, shared by every recurrence that forgets.
+
+The rules: exponentiate only differences that are ≤ 0, mask before `exp`, restart sums at each chunk, and
+clamp at `FLOOR` rather than carry −∞, whose differences are NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = -60.0
+"""The lowest log decay: e⁻⁶⁰ is zero for every purpose, and its differences are still numbers."""
+
+
+def floored(log_decay: Tensor) -> Tensor:
+    return log_decay.clamp(min=FLOOR)
+
+
+def recurrent_dtype(x: Tensor) -> torch.dtype:
+    """What recurrent tensors are kept in: float32, or float64 for float64 inputs."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def chunks(x: Tensor, size: int) -> Tensor:
+    """[B, H, T, ...] cut into [B, H, n, size, ...]; the last chunk is filled up with zeros."""
+    missing = -x.shape[2] % size
+    if missing:
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
+    return x.unflatten(2, (-1, size))
+
+
+def cumulative(log_decay: Tensor, dim: int) -> Tensor:
+    """Inclusive sums, in float64: a difference of float32 sums loses digits after a hard forget."""
+    return log_decay.double().cumsum(dim)
+
+
+def lower_decay(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(G_i − G_j) for j ≤ i and 0 above, from inclusive sums G [..., C]: [..., C, C]."""
+    future = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
+    difference = (total[..., :, None] - total[..., None, :]).to(dtype)
+    # masked before exp: above the diagonal the exponent is positive, and inf · 0 would be NaN in the gradient
+    return difference.masked_fill(future, -torch.inf).exp()

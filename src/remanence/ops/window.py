@@ -1,0 +1,113 @@
+"""Softmax attention over a window. Axes: B batch, H heads, T time, K key features, V value features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remanence.errors import expect
+from remanence.ops.decay import recurrent_dtype
+from remanence.state import State
+
+Prefix = tuple[Tensor, Tensor]
+
+BLOCK = 128
+"""Queries that are handled together; each block reads window − 1 keys before its own."""
+
+
+def window_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    state: State | None = None,
+    prefix: Prefix | None = None,
+) -> tuple[Tensor, Tensor, State]:
+    """The definition: y_t = Σ_j softmax_j(q_t·k_j / √K) v_j over the prefix and the j in (t − window, t]."""
+    state = _begin(key, value, window) if state is None else state
+    k, v, seen = state["k"], state["v"], state["seen"]
+    y, logsumexp = [], []
+    for t in range(key.shape[2]):
+        k, v = torch.cat([k, key[:, :, t : t + 1]], 2), torch.cat([v, value[:, :, t : t + 1]], 2)
+        seen = seen + 1
+        keys, values = _with_prefix(k, v, prefix)
+        scores = (query[:, :, t, None].to(keys.dtype) * keys).sum(-1) / key.shape[3] ** 0.5
+        slot = torch.arange(window, device=key.device)
+        empty = slot < (window - seen)[:, None, None]
+        empty = torch.cat([empty.new_zeros(*empty.shape[:2], keys.shape[2] - window), empty], -1)
+        scores = scores.masked_fill(empty, -torch.inf)
+        y.append((scores.softmax(-1)[..., None] * values).sum(2))
+        logsumexp.append(scores.logsumexp(-1))
+        k, v = k[:, :, 1:], v[:, :, 1:]
+    after = {"k": k, "v": v, "seen": seen}
+    if not y:
+        return value, value.new_zeros(value.shape[:3], dtype=recurrent_dtype(value)), after
+    return torch.stack(y, 2).to(value.dtype), torch.stack(logsumexp, 2), after
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    state: State | None = None,
+    prefix: Prefix | None = None,
+) -> tuple[Tensor, Tensor, State]:
+    """Causal softmax attention: token t sees the prefix and the j in (t − window, t], scaled by K^{−1/2}.
+
+    Returns (y, logsumexp, state). With the logsumexp, results over disjoint sets of keys merge exactly.
+
+    Shapes: `query`, `key` [B, H, T, K], `value` and y [B, H, T, V], logsumexp [B, H, T], any T ≥ 0;
+    `window` ≥ 1; `prefix` None or (keys [B or 1, H, P, K], values [B or 1, H, P, V]), visible to every
+    token; state {"k": [B, H, window − 1, K], "v": [B, H, window − 1, V], "seen": int64 [B]}: the last keys
+    (rotated, if they are rotated) and values, latest last, and how many tokens each row has read, which
+    tells empty slots from full ones and is the absolute position of the next token.
+    Raises: `ShapeError`; `ValueError` when `window` < 1.
+    """
+    if window < 1:
+        raise ValueError(f"window_attention: window must be at least 1, got {window}.")
+    expect("window_attention", "key", key, "batch heads time features")
+    B, H, T, K = key.shape
+    expect("window_attention", "query", query, "batch heads time features", batch=B, heads=H, time=T, features=K)
+    expect("window_attention", "value", value, "batch heads time features", batch=B, heads=H, time=T)
+    state = _begin(key, value, window) if state is None else state
+    old_k, old_v, seen = state["k"], state["v"], state["seen"]
+    all_k, all_v = torch.cat([old_k, key], 2), torch.cat([old_v, value], 2)
+    after = {"k": all_k[:, :, T:], "v": all_v[:, :, T:], "seen": seen + T}
+    y, logsumexp = [], []
+    for start in range(0, T, BLOCK):
+        n = min(BLOCK, T - start)
+        stop = start + n + window - 1
+        k, v = _with_prefix(all_k[:, :, start:stop], all_v[:, :, start:stop], prefix)
+        scores = (query[:, :, start : start + n].to(k.dtype) / K**0.5) @ k.mT
+        row = torch.arange(n, device=key.device)[:, None]
+        column = torch.arange(stop - start, device=key.device)
+        hidden = (column < row) | (column >= row + window)
+        hidden = hidden | (column + start < (window - 1 - seen)[:, None, None, None])
+        scores[..., k.shape[2] - (stop - start) :].masked_fill_(hidden, -torch.inf)
+        total = scores.logsumexp(-1)
+        y.append((scores - total[..., None]).exp() @ v)
+        logsumexp.append(total)
+    if not y:
+        return value, value.new_zeros(value.shape[:3], dtype=recurrent_dtype(value)), after
+    return torch.cat(y, 2).to(value.dtype), torch.cat(logsumexp, 2), after
+
+
+def _begin(key: Tensor, value: Tensor, window: int) -> State:
+    B, H, _, K = key.shape
+    dtype = recurrent_dtype(value)
+    return {
+        "k": key.new_zeros(B, H, window - 1, K, dtype=dtype),
+        "v": value.new_zeros(B, H, window - 1, value.shape[3], dtype=dtype),
+        "seen": torch.zeros(B, dtype=torch.int64, device=key.device),
+    }
+
+
+def _with_prefix(k: Tensor, v: Tensor, prefix: Prefix | None) -> Prefix:
+    if prefix is None:
+        return k, v
+    B = k.shape[0]
+    p_k, p_v = (x.to(k.dtype).expand(B, -1, -1, -1) for x in prefix)
+    return torch.cat([p_k, k], 2), torch.cat([p_v, v], 2)
