@@ -1,0 +1,99 @@
+"""Griffin's recurrent block: a real gated linear recurrence behind a short convolution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence import ops
+from remanence.catalogue import card
+from remanence.memory.base import Memory
+from remanence.memory.parts import ShortConv, per_head, wide, zeros
+from remanence.state import State
+
+
+class BoundedSqrt(torch.autograd.Function):
+    """√x with its slope held to 1000, so that a decay of almost 1 cannot blow up the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (4 * x).clamp(min=1e-6).rsqrt()
+
+
+class BlockLinear(nn.Module):
+    """A linear map that mixes features only within each of `blocks` equal groups. [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, blocks: int):
+        super().__init__()
+        size = dim // blocks
+        self.weight = nn.Parameter(torch.randn(blocks, size, size) / math.sqrt(size))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(-1, (self.weight.shape[0], -1))
+        return torch.einsum("...bi,bij->...bj", parts, self.weight).flatten(-2) + self.bias
+
+
+@card(
+    "griffin",
+    kind="memory",
+    says="Griffin's recurrent block: a gated diagonal recurrence of bounded variance behind a short convolution.",
+    source="arXiv:2402.19427",
+    small={"dim": 6, "heads": 2},
+)
+class Griffin(Memory):
+    r"""RG-LRU in its block: $y = W_o(\mathrm{GeLU}(W_1 x) ⊙ h)$, $h_t = a_t ⊙ h_{t-1} + \sqrt{1 - a_t^2} i_t ⊙ u_t$.
+
+    $u$ is W_2 x after the convolution, $\log a_t = -8 r_t \mathrm{softplus}(Λ)$, and both gates $r, i$ are sigmoids of
+    block-diagonal maps of $u$. A stream's very first token is written with factor 1: `state["empty"]` says whether
+    it is still to come. The paper's pattern of two such blocks and one of local attention is the model's business.
+
+    Args:
+        dim: features of input and output.
+        width: features of the recurrence; `dim` by default, a multiple of `heads`.
+        heads: blocks of the gates' maps.
+        conv: tokens that the convolution sees.
+
+    Shapes: x and y [batch, time, dim];
+        state {"h": [batch, width], "empty": bool [batch], "conv": {"tail": [batch, conv - 1, width]}}.
+    Raises: `ValueError` if `heads` does not divide `width`; `ShapeError`, `StateError` from `forward`.
+    Source: Griffin (2024), arXiv:2402.19427.
+    """
+
+    def __init__(self, dim: int, *, width: int | None = None, heads: int = 4, conv: int = 4):
+        super().__init__()
+        self.dim, self.width = dim, width or dim
+        per_head("Griffin", self.width, heads)
+        self.inward = nn.Linear(dim, 2 * self.width)
+        self.conv = ShortConv(self.width, conv, bias=True)
+        self.input_gate = BlockLinear(self.width, heads)
+        self.decay_gate = BlockLinear(self.width, heads)
+        radius = torch.empty(self.width).uniform_(0.9**2, 0.999**2).sqrt()
+        self.base = nn.Parameter((1 / radius - 1).log())  # exp(-softplus(base)) = radius
+        self.out = nn.Linear(self.width, dim)
+
+    def initial_state(self, batch: int) -> State:
+        h = zeros(self.base, batch, self.width)
+        return {"h": h, "empty": h.new_ones(batch, dtype=torch.bool), "conv": self.conv.initial_state(batch)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        branch, u = self.inward(x).chunk(2, dim=-1)
+        u, conv = self.conv(u, state["conv"])
+        gated = u.to(x.dtype)
+        log_a = -8 * wide(self.decay_gate(gated)).sigmoid() * F.softplus(wide(self.base))
+        first = state["empty"][:, None] & (torch.arange(x.shape[1], device=x.device) == 0)
+        scale = torch.where(first[..., None], 1.0, BoundedSqrt.apply(-torch.expm1(2 * log_a)))
+        h, after = ops.scan(log_a, scale * wide(self.input_gate(gated)).sigmoid() * u, {"h": state["h"]})
+        empty = state["empty"] & (x.shape[1] == 0)
+        return self.out(F.gelu(branch) * h.to(x.dtype)), {**after, "empty": empty, "conv": conv}

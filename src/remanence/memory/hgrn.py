@@ -1,0 +1,83 @@
+"""Hierarchically gated recurrence: forget gates with lower bounds that rise with depth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence import ops
+from remanence.catalogue import card
+from remanence.memory.base import Memory
+from remanence.memory.parts import wide, zeros
+from remanence.state import State
+
+
+class LowerBounds(nn.Module):
+    """The least share that each layer keeps per token, learnt for a whole model, never falling with depth.
+
+    Layer l keeps at least the sum of the first l rows of a softmax over layers, so layer 0 may forget all.
+    One instance belongs to a model and is handed to each of its `HGRN` layers. Returns [layers, dim] in [0, 1).
+    """
+
+    def __init__(self, layers: int, dim: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(layers, dim))
+
+    def forward(self) -> Tensor:
+        shares = wide(self.logits).softmax(dim=0)
+        return (shares.cumsum(dim=0) - shares).clamp(min=0)
+
+
+@card(
+    "hgrn",
+    kind="memory",
+    says="A gated diagonal recurrence whose forget gate has a lower bound, higher in deeper layers.",
+    source="arXiv:2311.04823",
+    small={"dim": 6, "lower_bound": 0.3},
+)
+class HGRN(Memory):
+    r"""$h_t = λ_t ⊙ h_{t-1} + (1 - λ_t) ⊙ \mathrm{SiLU}(W_c x_t)$ with $λ_t = γ + (1 - γ) σ(W_f x_t + b)$.
+
+    The real form that the paper's language models use, read through RMSNorm ⊙ SiLU(W_g x) and an output projection.
+
+    Args:
+        dim: features of input, state and output.
+        lower_bound: γ, either one number in [0, 1) or the model's `LowerBounds`.
+        layer: which row of `LowerBounds` is this layer's; unused with a number.
+
+    Shapes: x and y [batch, time, dim]; state {"h": [batch, dim]}.
+    Raises: `ValueError` on a bound outside [0, 1); `ShapeError`, `StateError` from `forward`.
+    Source: Hierarchically Gated Recurrent Neural Network (2023), arXiv:2311.04823.
+    """
+
+    def __init__(self, dim: int, *, lower_bound: float | LowerBounds = 0.0, layer: int = 0):
+        super().__init__()
+        if not isinstance(lower_bound, LowerBounds) and not 0 <= lower_bound < 1:
+            raise ValueError(f"HGRN: lower_bound must be in [0, 1), got {lower_bound!r}.")
+        self.dim, self.lower_bound, self.layer = dim, lower_bound, layer
+        self.forget = nn.Linear(dim, dim)
+        self.candidate = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def initial_state(self, batch: int) -> State:
+        return {"h": zeros(self.out.weight, batch, self.dim)}
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """log λ [batch, time, dim], never below log γ."""
+        f = F.logsigmoid(wide(self.forget(x)))
+        if isinstance(self.lower_bound, LowerBounds):
+            bound = self.lower_bound()[self.layer].clamp(min=1e-30)  # log 0 has no usable gradient
+        elif self.lower_bound == 0:
+            return f
+        else:
+            bound = f.new_tensor(self.lower_bound)
+        return torch.logaddexp(bound.log(), torch.log1p(-bound) + f)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        log_decay = self.log_decay(x)
+        h, state = ops.scan(log_decay, -torch.expm1(log_decay) * F.silu(wide(self.candidate(x))), state)
+        return self.out(self.norm(h.to(x.dtype)) * F.silu(self.gate(x))), state

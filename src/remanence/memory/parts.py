@@ -1,0 +1,117 @@
+"""What the layers share: heads, rotary phases, norms, gates, and the short convolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence import ops
+from remanence.state import State
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 or wider: what a state is made of, whatever the activations are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """A recurrent tensor that holds nothing, in the precision of `like` but at least float32."""
+    return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def per_head(where: str, width: int, heads: int, multiple: int = 1) -> int:
+    """Features per head; raises `ValueError` unless `width` splits into `heads` equal multiples of `multiple`."""
+    if heads < 1 or width < 1 or width % (heads * multiple):
+        times = f"{multiple}·heads" if multiple > 1 else "heads"
+        raise ValueError(f"{where}: dim must be a positive multiple of {times}, got dim={width}, heads={heads}.")
+    return width // heads
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """[batch, time, heads·width] -> [batch, heads, time, width], in float32 or wider."""
+    return wide(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    """[batch, heads, time, width] -> [batch, time, heads·width]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
+    """Turn feature pairs (j, j + K/2) by `frequencies[j]` radians per position (rotary, arXiv:2104.09864).
+
+    Angles are computed in float64, so that a position of many millions still has an exact phase.
+    Shapes: x [B, H, T, K], K even; start int64 [B], the position of the first token; frequencies float64 [K/2].
+    """
+    position = start[:, None] + torch.arange(x.shape[2], device=x.device)
+    angle = position[:, None, :, None].double() * frequencies.to(x.device)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Unit vectors along the last axis; `eps` keeps the gradient at zero finite."""
+    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution over the last `width` tokens; its state is the last `width - 1` inputs.
+
+    Shapes: x and y [batch, time, dim]; state {"tail": [batch, width - 1, dim]}.
+    """
+
+    def __init__(self, dim: int, width: int = 4, *, bias: bool = False):
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"ShortConv: width must be at least 1, got {width}.")
+        bound = 1 / math.sqrt(width)
+        self.weight = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def initial_state(self, batch: int) -> State:
+        dim, width = self.weight.shape
+        return {"tail": zeros(self.weight, batch, width - 1, dim)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        return ops.causal_conv(wide(x), wide(self.weight), None if self.bias is None else wide(self.bias), state)
+
+
+class DecayGate(nn.Module):
+    """The log decay per head that Mamba-2 made common: g = -exp(A_log) · softplus(W x + b) ≤ 0.
+
+    At the start the rates exp(A_log) lie in (1, 16) and the step sizes in (10⁻³, 10⁻¹), log-uniformly, so that
+    some heads forget in ten tokens and some in a thousand. Give `rate` and `bias` no weight decay.
+
+    Shapes: x [batch, time, dim] -> [batch, heads, time].
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.step = nn.Linear(dim, heads, bias=False)
+        self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = F.softplus(wide(self.step(x)) + wide(self.bias))
+        return -(wide(self.rate).exp() * step).transpose(1, 2)
+
+
+class GatedReadout(nn.Module):
+    """What a matrix memory does with what it read: normalise each head, gate by SiLU(W_g x), project to `dim`.
+
+    Shapes: y [batch, heads, time, width per head], x [batch, time, dim] -> [batch, time, dim].
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, *, affine: bool = True):
+        super().__init__()
+        self.norm = nn.RMSNorm(head_dim, eps=1e-5, elementwise_affine=affine)
+        self.gate = nn.Linear(dim, heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out(merge(self.norm(y.to(x.dtype))) * F.silu(self.gate(x)))
