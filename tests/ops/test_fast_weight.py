@@ -1,0 +1,182 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from remanence.errors import ShapeError, StateError
+from remanence.ops.fast_weight import (
+    decay_matrix,
+    fast_weight,
+    fast_weight_reference,
+    fast_weight_state,
+    inner_gradient,
+)
+from remanence.state import concat, flatten, nbytes, select
+
+B, H, K = 2, 2, 3
+
+
+def draw(T, layers=2, momentum=True, V=K, seed=0):
+    """Inputs and first weights, all of which receive gradients."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    q, k, v = normal(B, H, T, K), F.normalize(normal(B, H, T, K), dim=-1), normal(B, H, T, V)
+    gates = {"step": 0.2 * normal(B, H, T).sigmoid(), "retain_log": F.logsigmoid(normal(B, H, T) + 2)}
+    if momentum:
+        gates["momentum_log"] = F.logsigmoid(normal(B, H, T))
+    widths = [K] + [4] * (layers - 1) + [V]
+    weights = [0.7 * normal(H, o, i) for i, o in pairwise(widths)]
+    leaves = [x.requires_grad_() for x in (q, k, v, *gates.values(), *weights)]
+    return (q, k, v), gates, weights, leaves
+
+
+def run(fn, inputs, gates, state, chunk_size, cuts=(), residual=False):
+    names, pieces = list(gates), []
+    for part in zip(*(x.tensor_split(cuts, dim=2) for x in (*inputs, *gates.values())), strict=True):
+        named = dict(zip(names, part[3:], strict=True))
+        y, state = fn(*part[:3], named.pop("step"), state, **named, chunk_size=chunk_size, residual=residual)
+        pieces.append(y)
+    return torch.cat(pieces, 2), state
+
+
+def head(inputs, gates, n):
+    return [x[:, :, :n] for x in inputs], {name: x[:, :, :n] for name, x in gates.items()}
+
+
+def rest(inputs, gates, n):
+    return [x[:, :, n:] for x in inputs], {name: x[:, :, n:] for name, x in gates.items()}
+
+
+def grads(y, state, leaves):
+    """Gradients of a fixed random projection of the outputs and of the final state."""
+    g = torch.Generator().manual_seed(9)
+    total = sum(
+        (x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum()
+        for x in (y, *flatten(state).values())
+        if x.is_floating_point()
+    )
+    return torch.autograd.grad(total, leaves, retain_graph=True)
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def compare(T, layers, momentum, chunk_size, cuts=(), residual=False, V=K):
+    inputs, gates, weights, leaves = draw(T, layers, momentum, V)
+    state = fast_weight_state(weights, B, momentum=momentum)
+    want, want_state = run(fast_weight_reference, inputs, gates, state, chunk_size, residual=residual)
+    got, got_state = run(fast_weight, inputs, gates, state, chunk_size, cuts, residual)
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_chunked_is_the_recurrence(layers, momentum):
+    compare(11, layers, momentum, chunk_size=4, residual=layers % 2 == 0)
+
+
+def test_values_may_be_wider_than_keys():
+    compare(7, 2, True, chunk_size=3, V=5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(T=st.integers(1, 14), chunk_size=st.sampled_from([1, 3, 5, 64]), data=st.data())
+def test_any_cut_is_the_recurrence(T, chunk_size, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4)))
+    compare(T, 2, data.draw(st.booleans()), chunk_size, cuts, residual=True)
+
+
+def test_a_lost_momentum_is_noticed():
+    inputs, gates, weights, _ = draw(10)
+    start = fast_weight_state(weights, B)
+    want, _ = run(fast_weight, inputs, gates, start, 4)
+    for name in ("momentum", "anchor", "weight"):
+        _, state = run(fast_weight, *head(inputs, gates, 5), start, 4)
+        tail, _ = run(fast_weight, *rest(inputs, gates, 5), {**state, name: start[name]}, 4)
+        assert (tail - want[:, :, 5:]).abs().max() > 1e-4, name
+
+
+def test_rows_may_stand_at_different_positions():
+    inputs, gates, weights, leaves = draw(9)
+    start = fast_weight_state(weights, B)
+    ahead = [run(fast_weight, *head(inputs, gates, n), start, 4)[1] for n in (3, 2)]
+    mixed = concat([select(ahead[0], 0), select(ahead[1], 1)])
+    want, want_state = run(fast_weight_reference, inputs, gates, mixed, 4)
+    got, got_state = run(fast_weight, inputs, gates, mixed, 4)
+    assert got_state["pos"].tolist() == [12, 11]
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+def test_the_state_is_of_constant_size_and_untouched():
+    inputs, gates, weights, _ = draw(9)
+    start = fast_weight_state(weights, B)
+    before = {n: x.clone() for n, x in flatten(start).items()}
+    _, end = run(fast_weight, inputs, gates, start, 4)
+    assert nbytes(end) == nbytes(start)
+    close(flatten(start), before, 0)
+
+
+def test_one_linear_layer_at_chunk_one_is_the_delta_rule():
+    (q, k, v), gates, weights, _ = draw(8, layers=1, momentum=False)
+    y, end = fast_weight(q, k, v, gates["step"], fast_weight_state(weights, B, momentum=False), chunk_size=1)
+    W = weights[0].expand(B, -1, -1, -1)
+    for t in range(8):
+        error = torch.einsum("bhvk,bhk->bhv", W, k[:, :, t]) - v[:, :, t]
+        W = W - gates["step"][:, :, t, None, None] * error[..., :, None] * k[:, :, t, None, :]
+        close(y[:, :, t], torch.einsum("bhvk,bhk->bhv", W, q[:, :, t]))
+    close(end["weight"]["0"], W)
+
+
+def test_the_chunk_size_is_part_of_the_definition():
+    inputs, gates, weights, _ = draw(9)
+    start = fast_weight_state(weights, B)
+    one, four = (run(fast_weight, inputs, gates, start, c)[0] for c in (1, 4))
+    assert (one - four).abs().max() > 1e-3
+
+
+def test_gradients_within_a_step_are_those_of_finite_differences():
+    (_, k, v), _, weights, _ = draw(3, layers=3)
+    anchor = [W.detach().expand(B, -1, -1, -1) for W in weights]
+
+    def deltas(k, v, *anchor):
+        return tuple(inner_gradient(k, v, list(anchor), True)[1])
+
+    assert torch.autograd.gradcheck(deltas, (k, v, *(W.clone().requires_grad_() for W in anchor)))
+
+
+def test_decay_matrix_survives_the_strongest_decay():
+    D = decay_matrix(torch.full((5,), -60.0))
+    assert torch.isfinite(D).all()
+    close(D.diagonal(), torch.ones(5), 0)
+    assert D.triu(1).eq(0).all()
+
+
+def test_half_precision_inputs_keep_a_float32_state():
+    inputs, gates, weights, _ = draw(6)
+    half = [x.detach().bfloat16() for x in inputs]
+    low = {n: x.detach().bfloat16() for n, x in gates.items()}
+    y, state = run(fast_weight, half, low, fast_weight_state([W.float() for W in weights], B), 4)
+    assert y.dtype == torch.bfloat16
+    assert {x.dtype for x in flatten(state).values()} == {torch.float32, torch.int64}
+
+
+def test_misfits_are_named():
+    (q, k, v), gates, weights, _ = draw(4)
+    state = fast_weight_state(weights, B)
+    with pytest.raises(ShapeError, match=r"step must be \[batch=2, heads=2, time=4\]"):
+        fast_weight(q, k, v, gates["step"][:, :, :3], state, momentum_log=gates["momentum_log"])
+    with pytest.raises(StateError, match="has momentum"):
+        fast_weight(q, k, v, gates["step"], state)
+    with pytest.raises(StateError, match="3 features, but values have 2"):
+        fast_weight(q, k, v[..., :2], gates["step"], state, momentum_log=gates["momentum_log"])
