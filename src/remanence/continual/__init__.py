@@ -6,9 +6,10 @@ from typing import Any
 
 from remanence.catalogue import find
 from remanence.continual.base import Batch, Context, Strategies, Strategy
+from remanence.continual.ewc import EWC
 from remanence.continual.replay import Replay, parse_bytes
 
-__all__ = ["Batch", "Context", "Replay", "Strategies", "Strategy", "make", "parse_bytes"]
+__all__ = ["EWC", "Batch", "Context", "Replay", "Strategies", "Strategy", "make", "parse_bytes"]
 
 
 def make(name: str, **arguments: Any) -> Strategy:

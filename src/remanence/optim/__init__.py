@@ -1,1 +1,5 @@
+"""Optimisers and learning-rate schedules."""
 
+from remanence.optim.schedules import EndlessSchedule, InfiniteSchedule
+
+__all__ = ["EndlessSchedule", "InfiniteSchedule"]
