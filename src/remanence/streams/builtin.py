@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
@@ -46,7 +47,7 @@ def prose() -> bytes:
         topics = import_module("pydoc_data.topics").topics
     except ImportError:
         raise StreamError("This Python has no pydoc_data, so the built-in prose is missing; give a file.") from None
-    paragraphs = chain.from_iterable(topics[name].split("\n\n") for name in sorted(topics))
+    paragraphs = chain.from_iterable(re.split(r"\n\n+", topics[name].strip("\n")) for name in sorted(topics))
     return "\n\n".join(dict.fromkeys(paragraphs)).encode()
 
 
