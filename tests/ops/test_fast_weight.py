@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError
 from remanence.ops.fast_weight import (
-    decay_matrix,
     fast_weight,
     fast_weight_reference,
     fast_weight_state,
     inner_gradient,
+    momentum_coefficients,
 )
 from remanence.state import concat, flatten, nbytes, select
 
@@ -155,11 +155,11 @@ def test_gradients_within_a_step_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(deltas, (k, v, *(W.clone().requires_grad_() for W in anchor)))
 
 
-def test_decay_matrix_survives_the_strongest_decay():
-    D = decay_matrix(torch.full((5,), -60.0))
-    assert torch.isfinite(D).all()
-    close(D.diagonal(), torch.ones(5), 0)
-    assert D.triu(1).eq(0).all()
+def test_coefficients_survive_the_strongest_decays():
+    strongest = torch.full((1, 1, 5), -60.0)
+    c = momentum_coefficients(torch.ones(1, 1, 5), strongest, strongest)
+    assert all(torch.isfinite(x).all() for x in c)
+    close(c.write[0, 0], torch.eye(5), 1e-12)
 
 
 def test_half_precision_inputs_keep_a_float32_state():

@@ -28,10 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError, expect
+from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype
 from remanence.state import State, concat, select
-
-LOG_FLOOR = -60.0
-"""Decays below exp(-60) count as exp(-60): nothing, yet safe in every later product."""
 
 Weights = list[Tensor]
 
@@ -51,20 +49,14 @@ class Coefficients(NamedTuple):
     keep: Tensor | None = None
 
 
-def decay_matrix(log_decay: Tensor) -> Tensor:
-    """D[t, j] = Π_{j<l≤t} exp(log_decay_l), zero above the diagonal. [..., C] -> [..., C, C]"""
-    G = log_decay.cumsum(-1)
-    future = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool, device=G.device).triu(1)
-    return (G[..., :, None] - G[..., None, :]).masked_fill(future, -torch.inf).exp()
-
-
 def momentum_coefficients(step: Tensor, retain_log: Tensor, momentum_log: Tensor | None) -> Coefficients:
     """K = D(a) D(η) diag(θ), F = D(a) E; with no momentum K = D(a) diag(θ). All arguments are [B, H, C]."""
-    decay, retain = decay_matrix(retain_log), retain_log.cumsum(-1).exp()
+    G = cumulative(retain_log, -1)
+    decay, retain = lower_decay(G, step.dtype), G.exp().to(step.dtype)
     if momentum_log is None:
         return Coefficients(decay * step[..., None, :], retain)
-    kept = momentum_log.cumsum(-1).exp()
-    pushes = decay_matrix(momentum_log) * step[..., None, :]
+    E = cumulative(momentum_log, -1)
+    kept, pushes = E.exp().to(step.dtype), lower_decay(E, step.dtype) * step[..., None, :]
     return Coefficients(decay @ pushes, retain, (decay @ kept[..., None])[..., 0], pushes[..., -1, :], kept[..., -1])
 
 
@@ -153,7 +145,7 @@ def fast_weight_state(weights: Sequence[Tensor], batch: int, *, momentum: bool =
 
     Shapes: `anchor`, `weight`, `momentum` hold a tensor [B, H, out, in] per layer under "0", "1", ...; `pos` [B].
     """
-    wide = [W.to(torch.promote_types(W.dtype, torch.float32)) for W in weights]
+    wide = [W.to(recurrent_dtype(W)) for W in weights]
     rows = {str(i): W.expand(batch, *W.shape) for i, W in enumerate(wide)}
     state: State = {"anchor": dict(rows), "weight": dict(rows)}
     if momentum:
@@ -176,8 +168,8 @@ def fast_weight_reference(
 ) -> tuple[Tensor, State]:
     """The definition of `fast_weight`, token by token, its inner gradients taken by automatic differentiation."""
     anchor, W, S, pos = state["anchor"], state["weight"], state.get("momentum"), state["pos"]
-    a = (torch.zeros_like(step) if retain_log is None else retain_log.clamp(LOG_FLOOR, 0)).exp()
-    eta = None if momentum_log is None else momentum_log.clamp(LOG_FLOOR, 0).exp()
+    a = (torch.zeros_like(step) if retain_log is None else floored(retain_log)).exp()
+    eta = None if momentum_log is None else floored(momentum_log).exp()
 
     def loss(weights: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
         return 0.5 * (fast_weight_read(k, list(weights.values()), residual=residual) - v).square().sum()
@@ -230,10 +222,10 @@ def fast_weight(
     """
     state = _check(query, key, value, step, state, retain_log, momentum_log, residual)
     dtype = query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = recurrent_dtype(query)
     retain_log = torch.zeros_like(step) if retain_log is None else retain_log
-    momentum_log = None if momentum_log is None else momentum_log.to(wide).clamp(LOG_FLOOR, 0)
-    inputs = [query.to(wide), key.to(wide), value.to(wide), step.to(wide), retain_log.to(wide).clamp(LOG_FLOOR, 0)]
+    momentum_log = None if momentum_log is None else floored(momentum_log.to(wide))
+    inputs = [query.to(wide), key.to(wide), value.to(wide), step.to(wide), floored(retain_log.to(wide))]
     inputs += [] if momentum_log is None else [momentum_log]
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
