@@ -6,6 +6,9 @@ clamp at `FLOOR` rather than carry −∞, whose differences are NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,3 +45,12 @@ def lower_decay(total: Tensor, dtype: torch.dtype) -> Tensor:
     difference = (total[..., :, None] - total[..., None, :]).to(dtype)
     # masked before exp: above the diagonal the exponent is positive, and inf · 0 would be NaN in the gradient
     return difference.masked_fill(future, -torch.inf).exp()
+
+
+def second_order(
+    ctx: Any, plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, through the same function in differentiable operations."""
+    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+    found = iter(torch.autograd.grad(plain(*inputs), wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
