@@ -36,11 +36,11 @@ def draw(T, layers=2, momentum=True, V=K, seed=0):
     return (q, k, v), gates, weights, leaves
 
 
-def run(fn, inputs, gates, state, chunk_size, cuts=(), residual=False):
+def run(fn, inputs, gates, state, chunk_size, cuts=(), **options):
     names, pieces = list(gates), []
     for part in zip(*(x.tensor_split(cuts, dim=2) for x in (*inputs, *gates.values())), strict=True):
         named = dict(zip(names, part[3:], strict=True))
-        y, state = fn(*part[:3], named.pop("step"), state, **named, chunk_size=chunk_size, residual=residual)
+        y, state = fn(*part[:3], named.pop("step"), state, **named, chunk_size=chunk_size, **options)
         pieces.append(y)
     return torch.cat(pieces, 2), state
 
@@ -68,11 +68,11 @@ def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def compare(T, layers, momentum, chunk_size, cuts=(), residual=False, V=K):
+def compare(T, layers, momentum, chunk_size, cuts=(), V=K, **options):
     inputs, gates, weights, leaves = draw(T, layers, momentum, V)
     state = fast_weight_state(weights, B, momentum=momentum)
-    want, want_state = run(fast_weight_reference, inputs, gates, state, chunk_size, residual=residual)
-    got, got_state = run(fast_weight, inputs, gates, state, chunk_size, cuts, residual)
+    want, want_state = run(fast_weight_reference, inputs, gates, state, chunk_size, **options)
+    got, got_state = run(fast_weight, inputs, gates, state, chunk_size, cuts, **options)
     close(got, want)
     close(flatten(got_state), flatten(want_state))
     close(grads(got, got_state, leaves), grads(want, want_state, leaves))
@@ -84,6 +84,18 @@ def test_chunked_is_the_recurrence(layers, momentum):
     compare(11, layers, momentum, chunk_size=4, residual=layers % 2 == 0)
 
 
+def test_a_bound_keeps_a_repeated_token_from_diverging():
+    (q, k, v), gates, weights, _ = draw(1, momentum=False)
+    q, k, v = (x.detach().repeat(1, 1, 256, 1) for x in (q, k, 3 * v))
+    step, state = q.new_full(q.shape[:3], 0.5), fast_weight_state([W.detach() for W in weights], B, momentum=False)
+    bounded, _ = fast_weight(q, k, v, step, state, chunk_size=16, bound=0.5)
+    free, _ = fast_weight(q, k, v, step, state, chunk_size=16)
+    assert not free[:, :, -1].norm() < 1e3
+    read, _ = fast_weight(k, k, v, step, state, chunk_size=16, bound=0.5)
+    assert bounded.isfinite().all()
+    close(read[:, :, -1], v[:, :, -1], 1e-2)
+
+
 def test_values_may_be_wider_than_keys():
     compare(7, 2, True, chunk_size=3, V=5)
 
@@ -92,7 +104,9 @@ def test_values_may_be_wider_than_keys():
 @given(T=st.integers(1, 14), chunk_size=st.sampled_from([1, 3, 5, 64]), data=st.data())
 def test_any_cut_is_the_recurrence(T, chunk_size, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=4)))
-    compare(T, 2, data.draw(st.booleans()), chunk_size, cuts, residual=True)
+    compare(
+        T, 2, data.draw(st.booleans()), chunk_size, cuts, residual=True, bound=data.draw(st.sampled_from([None, 0.5]))
+    )
 
 
 def test_a_lost_momentum_is_noticed():

@@ -103,22 +103,21 @@ def inner_gradient(key: Tensor, value: Tensor, anchor: Weights, residual: bool) 
 
 def fast_weight_chunk(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    anchor: Weights,
+    inputs: Weights,
+    deltas: Weights,
     weights: Weights,
     momentum: Weights | None,
     c: Coefficients,
     *,
     residual: bool = False,
 ) -> tuple[Tensor, Weights, Weights | None]:
-    """Tokens that share an anchor, all at once, under any rule that `Coefficients` can say.
+    """Tokens that share an anchor, all at once, under any objective and any rule that `Coefficients` can say.
 
-    Shapes: query, key [B, H, C, K], value [B, H, C, V]; weights by layer [B, H, out, in]. Returns what the queries
-    read after their own token was written, and the weights and momentum after the last token.
+    Shapes: query [B, H, C, K]; by layer: inputs x [B, H, C, in] and deltas δ [B, H, C, out] (the token's gradient is
+    δ xᵀ), weights and momentum [B, H, out, in]. Returns what the queries read after their own token was written, and
+    the weights and momentum after the last token.
     """
     z, after, pushed = query, [], []
-    inputs, deltas = inner_gradient(key, value, anchor, residual)
     for depth, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
         z = F.gelu(z) if depth else z
         read = (z * c.retain[..., None]) @ W.mT - (z @ x.mT * c.write) @ delta
@@ -165,6 +164,7 @@ def fast_weight_reference(
     momentum_log: Tensor | None = None,
     chunk_size: int = 64,
     residual: bool = False,
+    bound: float | None = None,
 ) -> tuple[Tensor, State]:
     """The definition of `fast_weight`, token by token, its inner gradients taken by automatic differentiation."""
     anchor, W, S, pos = state["anchor"], state["weight"], state.get("momentum"), state["pos"]
@@ -177,8 +177,14 @@ def fast_weight_reference(
     y = [value[:, :, :0]]
     for t in range(query.shape[2]):
         now = slice(t, t + 1)
-        gradient = torch.func.grad(loss)(anchor, key[:, :, now], value[:, :, now])
-        change = {i: -step[:, :, now, None] * u for i, u in gradient.items()}
+        k, v, theta = key[:, :, now], value[:, :, now], step[:, :, now]
+        gradient = torch.func.grad(loss)(anchor, k, v)
+        if bound is not None:
+            error = _square(fast_weight_read(k, list(anchor.values()), residual=residual) - v)
+            squares = torch.stack([_square(u.flatten(2)) for u in gradient.values()], -1).sum(-1, keepdim=True)
+            log = None if eta is None else eta[:, :, now].log()
+            theta = _bounded(theta, squares, error, log, bound / chunk_size)
+        change = {i: -theta[..., None] * u for i, u in gradient.items()}
         if eta is not None:
             assert S is not None
             change = S = {i: eta[:, :, now, None] * S[i] + u for i, u in change.items()}
@@ -201,6 +207,7 @@ def fast_weight(
     momentum_log: Tensor | None = None,
     chunk_size: int = 64,
     residual: bool = False,
+    bound: float | None = None,
     coefficients: Callable[[Tensor, Tensor, Tensor | None], Coefficients] = momentum_coefficients,
 ) -> tuple[Tensor, State]:
     """A network memory over a sequence, a chunk at a time; equal to `fast_weight_reference`.
@@ -214,6 +221,9 @@ def fast_weight(
         momentum_log: log η [B, H, T] ≤ 0, clamped at −60; None is plain gradient descent.
         chunk_size: tokens per anchor; part of the definition.
         residual: add the query to what is read (and the key to what is predicted).
+        bound: keep every step at or below (1 − η) · bound / chunk_size · ‖e‖² / ‖u‖², where e is the token's error.
+            ‖e‖² / ‖u‖² is the step that would mend the error at once (Polyak's); with bound ≤ 1 a whole chunk of equal
+            tokens goes no further, where unbounded steps, which add up at one anchor, may diverge. None: θ as given.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log), each [B, H, C]; since a call may
             cut a chunk, the rule must compose: two pieces in turn equal one.
 
@@ -235,8 +245,15 @@ def fast_weight(
         sizes = piece_sizes(T, phase, chunk_size)
         for piece in zip(*(x.split(sizes, 2) for x in tensors), strict=True):
             q, k, v, *gates = piece
-            c = coefficients(gates[0], gates[1], gates[2] if S is not None else None)
-            out, W, S = fast_weight_chunk(q, k, v, anchor, W, S, c, residual=residual)
+            layer_inputs, deltas = inner_gradient(k, v, anchor, residual)
+            eta_log = gates[2] if S is not None else None
+            if bound is not None:
+                squares = torch.stack([_square(x) * _square(d) for x, d in zip(layer_inputs, deltas, strict=True)]).sum(
+                    0
+                )
+                gates[0] = _bounded(gates[0], squares, _square(deltas[-1]), eta_log, bound / chunk_size)
+            c = coefficients(gates[0], gates[1], eta_log)
+            out, W, S = fast_weight_chunk(q, layer_inputs, deltas, W, S, c, residual=residual)
             phase = (phase + q.shape[2]) % chunk_size
             anchor = anchor if phase else W
             y.append(out)
@@ -247,6 +264,16 @@ def fast_weight(
         return value, state
     y, state = by_phase(run, inputs, state, state["pos"], chunk_size)
     return y.to(dtype), state
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum(-1)
+
+
+def _bounded(step: Tensor, gradient: Tensor, error: Tensor, momentum_log: Tensor | None, share: float) -> Tensor:
+    """At most `share` of Polyak's step, from ‖u‖² and ‖e‖²; an error of zero takes none."""
+    left = 1.0 if momentum_log is None else -torch.expm1(momentum_log)
+    return torch.minimum(step, left * share * error / (gradient + 1e-12))
 
 
 def piece_sizes(length: int, phase: int, chunk_size: int) -> list[int]:
