@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import FLOOR, floored, recurrent_dtype, second_order
+from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.state import State
 
 
@@ -87,80 +86,15 @@ class _Scan(torch.autograd.Function):
 
 
 @cache
-def _kernels() -> dict[torch.dtype, Any]:
-    import numba  # here, because importing it takes half a second that most programs need not pay
-    import numpy as np
-
-    jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-    floor, log2e = np.float32(FLOOR), np.float32(1 / math.log(2))
-    ln2_high, ln2_low = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
-    c2, c3, c4 = np.float32(5.0000001201e-1), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
-    c5, c6, c7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
-    one, half = np.float32(1), np.float32(0.5)
-
-    @jit
-    def exp32(g, out, bits):
-        # exp x = 2ⁿ · exp r with |r| ≤ ln 2 / 2: a polynomial that vectorises, where libm's exp does not.
-        # `bits` and `out` are the same memory, so that an exponent can be written as an integer.
-        for d in range(g.shape[0]):
-            bits[d] = (np.int32(np.floor(max(g[d], floor) * log2e + half)) + np.int32(127)) << np.int32(23)
-        for d in range(g.shape[0]):
-            x = max(g[d], floor)
-            n = np.floor(x * log2e + half)
-            r = x - n * ln2_high - n * ln2_low
-            p = ((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2
-            out[d] *= p * r * r + r + one
-
-    @jit
-    def exp64(g, out, bits):
-        for d in range(g.shape[0]):
-            out[d] = math.exp(max(g[d], FLOOR))
-
-    def of_width(exp):
-        @jit
-        def forward(first, last, log_decay, b, start, h):
-            a = np.empty(last - first, b.dtype)
-            bits = a.view(np.int32)
-            for i in range(b.shape[0]):
-                before = start[i, first:last]
-                for t in range(b.shape[1]):
-                    exp(log_decay[i, t, first:last], a, bits)
-                    new, now = b[i, t, first:last], h[i, t, first:last]
-                    for d in range(last - first):
-                        now[d] = a[d] * before[d] + new[d]
-                    before = now
-
-        @jit
-        def backward(first, last, log_decay, start, h, d_h, d_log_decay, d_b, d_start):
-            a = np.empty(last - first, h.dtype)
-            bits = a.view(np.int32)
-            for i in range(h.shape[0]):
-                carried = d_start[i, first:last]
-                carried[:] = 0
-                for t in range(h.shape[1] - 1, -1, -1):
-                    g = log_decay[i, t, first:last]
-                    exp(g, a, bits)
-                    before = h[i, t - 1, first:last] if t > 0 else start[i, first:last]
-                    given, d_g, d_new = d_h[i, t, first:last], d_log_decay[i, t, first:last], d_b[i, t, first:last]
-                    for d in range(last - first):
-                        total = given[d] + carried[d]
-                        d_new[d] = total
-                        carried[d] = a[d] * total
-                        d_g[d] = carried[d] * before[d] if g[d] >= FLOOR else 0
-
-        return {"forward": forward, "backward": backward}
-
-    return {torch.float32: of_width(exp32), torch.float64: of_width(exp64)}
-
-
-@cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="scan")
 
 
 def _over_bands(name: str, *tensors: Tensor) -> None:
     """Run a kernel over bands of features, which know nothing of each other, on as many threads as PyTorch uses."""
-    kernel = _kernels()[tensors[0].dtype][name]
+    from remanence.ops import scan_kernels  # here, because Numba takes half a second that most programs need not pay
+
+    kernel = getattr(scan_kernels, name)
     arrays = [x.detach().numpy() for x in tensors]
     B, T, D = tensors[0].shape
     threads = torch.get_num_threads() if B * T * D >= 2**16 else 1
