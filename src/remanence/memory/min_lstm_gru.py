@@ -47,7 +47,7 @@ class MinGRU(Memory):
 
     def shares(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithms of what is kept and of what is written; their exponentials sum to 1."""
-        return -F.softplus(gate), -F.softplus(-gate)
+        return F.logsigmoid(-gate), F.logsigmoid(gate)  # not -softplus, which drops all terms below e⁻²⁰
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
@@ -75,7 +75,7 @@ class MinLSTM(MinGRU):
 
     def shares(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         forget, write = gate.chunk(2, dim=-1)
-        return super().shares(F.softplus(-forget) - F.softplus(-write))
+        return super().shares(F.logsigmoid(write) - F.logsigmoid(forget))
 
 
 @card(

@@ -1,0 +1,70 @@
+"""Microseconds per token and state bytes of every memory, after more and more tokens have been read.
+
+    python benchmarks/decoding.py [--long] [--width 512] [--threads 1] [--memory NAME ...]
+
+The last column is the ratio of the last time to the first: about 1 is flat. Each time is the least of several
+runs of one-token steps, without gradients, at batch 1; runs at different lengths take turns, so that a change of the
+machine's load does not look like a change with length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from remanence import catalogue
+from remanence.memory import Memory, make
+from remanence.state import State, fork, nbytes
+
+CHUNK = 2048
+
+
+def read(memory: Memory, state: State, tokens: int, source: torch.Generator) -> State:
+    """The state after `tokens` more, read in long pieces."""
+    for start in range(0, tokens, CHUNK):
+        state = memory(torch.randn(1, min(CHUNK, tokens - start), memory.dim, generator=source), state)[1]
+    return fork(state)
+
+
+def microseconds(memory: Memory, state: State, steps: int) -> float:
+    """Of one step, averaged over `steps` that follow each other."""
+    x = torch.randn(steps, 1, 1, memory.dim)
+    begun = time.perf_counter()
+    for token in x:
+        _, state = memory(token, state)
+    return (time.perf_counter() - begun) / steps * 1e6
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--long", action="store_true", help="read up to a million tokens")
+    ask.add_argument("--width", type=int, default=512)
+    ask.add_argument("--threads", type=int, default=1)
+    ask.add_argument("--steps", type=int, default=50)
+    ask.add_argument("--repeats", type=int, default=7)
+    ask.add_argument("--memory", nargs="+", help="only these", default=[*catalogue.cards("memory")])
+    given = ask.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.set_grad_enabled(False)
+    marks = [0, 1_000, 100_000] + [1_000_000] * given.long
+    print("| memory | " + " | ".join(f"µs at {n:,}" for n in marks) + " | last / first | state bytes |")
+    print("|---|" + "--:|" * (len(marks) + 2))
+    for name in given.memory:
+        torch.manual_seed(0)
+        memory = make(name, given.width)
+        source = torch.Generator().manual_seed(0)
+        states = [memory.initial_state(1)]
+        for before, mark in zip(marks, marks[1:], strict=False):
+            states.append(read(memory, states[-1], mark - before, source))
+        microseconds(memory, states[0], 5)
+        runs = [[microseconds(memory, s, given.steps) for s in states] for _ in range(given.repeats)]
+        times = [min(column) for column in zip(*runs, strict=True)]
+        sizes = sorted({nbytes(s) for s in states})
+        cells = [f"{t:.0f}" for t in times] + [f"{times[-1] / times[0]:.2f}", " to ".join(f"{n:,}" for n in sizes)]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
