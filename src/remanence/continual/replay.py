@@ -40,7 +40,7 @@ def parse_bytes(amount: int | str) -> int:
     kind="strategy",
     says="Relearns rows drawn from a uniform sample of the past, kept within a byte budget.",
     source="arXiv:1902.10486",
-    small={"budget": 640, "rows": 2},
+    small={"budget": 160, "rows": 2},
 )
 class Replay(Strategy):
     """Experience replay from a reservoir of segments (Chaudhry et al. 2019; reservoir sampling: Vitter 1985).
