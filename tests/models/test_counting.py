@@ -161,6 +161,16 @@ def test_bit_histories_are_closed_and_count_what_they_saw():
     assert follow[: 2 * np.count_nonzero(weight) + 2].min() > 0
 
 
+def test_the_compiled_hash_wraps_as_whole_numbers_do():
+    from remanence.models import _counting_kernels as k
+
+    m = (1 << 64) - 1
+    for a, b in [(0, 1), (1 << 40, 3), (-1, 7), (255, 1 << 62)]:
+        x = ((a & m) ^ ((b * int(k._A)) & m)) * int(k._B) & m
+        x = (x ^ x >> 31) * int(k._C) & m
+        assert int(k._hash(a, b)) & m == x ^ x >> 29
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [

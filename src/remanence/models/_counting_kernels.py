@@ -36,9 +36,12 @@ POSITION = 16
 
 WRITE, GATE_STEPS = 0, 1
 
-_A = 0x2545F4914F6CDD1D
-_B = 0x1B873593CC9E2D51
-_C = 0x3C79AC492BA7B653
+# unsigned: Numba leaves the overflow of signed products undefined
+_A = np.uint64(0x2545F4914F6CDD1D)
+_B = np.uint64(0x9B873593CC9E2D51)
+_C = np.uint64(0xBC79AC492BA7B653)
+_S = np.uint64(31)
+_U = np.uint64(29)
 
 
 class Tables(NamedTuple):
@@ -90,10 +93,10 @@ class Scratch(NamedTuple):
 
 @njit(cache=True)
 def _hash(a, b):
-    x = (a ^ (b * _A)) * _B
-    x ^= x >> 31
+    x = (np.uint64(a) ^ (np.uint64(b) * _A)) * _B
+    x ^= x >> _S
     x *= _C
-    return x ^ (x >> 29)
+    return np.int64(x ^ (x >> _U))
 
 
 @njit(cache=True)
@@ -300,7 +303,7 @@ def _predict(t, q, s, c0, bit, neural):
     low = int(place)
     share = place - low
     half = t.apm.size // APM_STEPS // 2
-    a = (_hash(s.at[11], c0) & (half - 1)) * APM_STEPS + low
+    a = ((s.at[11] * 256 + c0) & (half - 1)) * APM_STEPS + low
     b = (half + (_hash(now[C4] & 0xFFFF, c0) & (half - 1))) * APM_STEPS + low
     near = 1 if share >= 0.5 else 0
     s.at[3] = a + near
@@ -439,7 +442,7 @@ def _plant(s, logprobs):
         s.tree[n] = s.tree[2 * n] + s.tree[2 * n + 1]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def observe(t, q, s, data, logprobs, neural, learn, cost):
     """Predict each byte, note its cost in bits, then (if `learn`) count it."""
     for i in range(data.size):
