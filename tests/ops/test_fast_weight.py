@@ -85,7 +85,7 @@ def test_chunked_is_the_recurrence(layers, momentum):
 
 
 def test_a_bound_keeps_a_repeated_token_from_diverging():
-    (q, k, v), gates, weights, _ = draw(1, momentum=False)
+    (q, k, v), _, weights, _ = draw(1, momentum=False)
     q, k, v = (x.detach().repeat(1, 1, 256, 1) for x in (q, k, 3 * v))
     step, state = q.new_full(q.shape[:3], 0.5), fast_weight_state([W.detach() for W in weights], B, momentum=False)
     bounded, _ = fast_weight(q, k, v, step, state, chunk_size=16, bound=0.5)

@@ -248,9 +248,8 @@ def fast_weight(
             layer_inputs, deltas = inner_gradient(k, v, anchor, residual)
             eta_log = gates[2] if S is not None else None
             if bound is not None:
-                squares = torch.stack([_square(x) * _square(d) for x, d in zip(layer_inputs, deltas, strict=True)]).sum(
-                    0
-                )
+                parts = [_square(x) * _square(d) for x, d in zip(layer_inputs, deltas, strict=True)]
+                squares = torch.stack(parts).sum(0)
                 gates[0] = _bounded(gates[0], squares, _square(deltas[-1]), eta_log, bound / chunk_size)
             c = coefficients(gates[0], gates[1], eta_log)
             out, W, S = fast_weight_chunk(q, layer_inputs, deltas, W, S, c, residual=residual)
