@@ -10,6 +10,7 @@ machine's load does not look like a change with length.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 
 import torch
@@ -56,7 +57,7 @@ def main() -> None:
         memory = make(name, given.width)
         source = torch.Generator().manual_seed(0)
         states = [memory.initial_state(1)]
-        for before, mark in zip(marks, marks[1:], strict=False):
+        for before, mark in itertools.pairwise(marks):
             states.append(read(memory, states[-1], mark - before, source))
         microseconds(memory, states[0], 5)
         runs = [[microseconds(memory, s, given.steps) for s in states] for _ in range(given.repeats)]

@@ -14,6 +14,7 @@ from remanence.memory.hgrn import HGRN, LowerBounds
 from remanence.memory.linear_attention import LinearAttention
 from remanence.memory.min_lstm_gru import MinGRU, MinLSTM
 from remanence.memory.retnet import RetNet
+from remanence.memory.titans import Titans, TitansMAC, TitansMAG, TitansMAL
 
 __all__ = [
     "GLA",
@@ -26,6 +27,10 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "RetNet",
+    "Titans",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
     "WindowAttention",
     "make",
     "ragged",
