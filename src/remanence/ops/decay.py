@@ -48,9 +48,9 @@ def lower_decay(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def second_order(
-    ctx: Any, plain: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+    needed: Sequence[bool], plain: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through the same function in differentiable operations."""
-    wanted = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need]
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(plain(*inputs), wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+    return tuple(next(found) if need else None for need in needed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from remanence.errors import ShapeError, expect
-from remanence.ops.decay import chunks, cumulative, floored, lower_decay, recurrent_dtype
+from remanence.ops.chunks import ChunkDecay, pieces
+from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.state import State
 
 
@@ -48,53 +51,82 @@ def linear_attention(
     Source: Katharopoulos et al., arXiv:2006.16236 (2020); decays: Yang et al., arXiv:2312.06635 (2023).
     """
     _check("linear_attention", query, key, value, log_decay)
+    if key.shape[2] <= 1:
+        return linear_attention_reference(query, key, value, log_decay, state)
     dtype = recurrent_dtype(value)
-    B, H, T, K = key.shape
-    S = value.new_zeros(B, H, K, value.shape[3], dtype=dtype) if state is None else state["S"]
-    if T == 0:
-        return value, {"S": S}
-    size = min(chunk_size, T)
-    q, k, v = (chunks(x.to(dtype), size) for x in (query, key, value))
-    if log_decay is None:
-        scores, q_in, k_out, total = (q @ k.mT).tril(), q, k, None
-    else:
-        g = floored(log_decay.to(dtype))
-        per_head = g.ndim == 3
-        G = cumulative(chunks(g, size), 3)
-        if per_head:
-            scores = (q @ k.mT) * lower_decay(G, dtype)
-            G = G[..., None]
-        else:
-            scores = _scores(q, k, G)
-        q_in = q * G.exp().to(dtype)
-        k_out = k * (G[:, :, :, -1:] - G).exp().to(dtype)
-        total = G[:, :, :, -1].exp().to(dtype)[..., None]
-    new = k_out.mT @ v
-    before = []
-    for c in range(q.shape[2]):
-        before.append(S)
-        S = (S if total is None else total[:, :, c] * S) + new[:, :, c]
-    y = scores @ v + q_in @ torch.stack(before, 2)
-    return y.flatten(2, 3)[:, :, :T].to(value.dtype), {"S": S}
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
+    g = None if log_decay is None else floored(log_decay.to(dtype))
+    y, S = _Chunked.apply(q, k, v, g, start, min(chunk_size, k.shape[2]))
+    return y.to(value.dtype), {"S": S}
 
 
-def _scores(q: Tensor, k: Tensor, G: Tensor) -> Tensor:
-    """P_ij = Σ_d q_id k_jd exp(G_id − G_jd) for j ≤ i, by halving: [..., C, K] to [..., C, C].
+class _Chunked(torch.autograd.Function):
+    """The chunked form with its gradients by hand, a few chunks at a time so that they stay in the cache.
 
-    Between the two halves of a block both factors are measured from their border, so neither exceeds 1;
-    within a half the same holds again, down to single tokens, whose decay is exp 0.
+    Within a chunk, with G the sum of the log decays since it began and P_ij = Σ_d q_id k_jd exp(G_id − G_jd):
+    Y = P V + (Q ⊙ e^G) S  and  S' = Diag(e^{G_C}) S + (K ⊙ e^{G_C − G})ᵀ V.
     """
-    C = q.shape[-2]
-    if C == 1:
-        return (q * k).sum(-1, keepdim=True)
-    m = C // 2
-    border = G[..., m - 1 : m, :]
-    late = q[..., m:, :] * (G[..., m:, :] - border).exp().to(q.dtype)
-    early = k[..., :m, :] * (border - G[..., :m, :]).exp().to(q.dtype)
-    top = _scores(q[..., :m, :], k[..., :m, :], G[..., :m, :])
-    bottom = _scores(q[..., m:, :], k[..., m:, :], G[..., m:, :])
-    top = torch.nn.functional.pad(top, (0, C - m))
-    return torch.cat([top, torch.cat([late @ early.mT, bottom], -1)], -2)
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
+        if g is not None and g.ndim == 4:
+            size = 1 << (size - 1).bit_length()  # the halving wants powers of two
+        y = torch.empty_like(v)
+        S = start.flatten(0, 1)
+        befores = []
+        for piece in pieces(k, size):
+            qs, ks, vs = piece.cut(q), piece.cut(k), piece.cut(v)
+            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
+            new = decay.to_end(ks).mT @ vs
+            before = torch.empty_like(new)
+            for c in range(new.shape[1]):
+                before[:, c] = S
+                S = decay.over(c, S, new[:, c])
+            out = decay.scores(qs, ks) @ vs
+            piece.put(y, out.add_(decay.from_start(qs) @ before))
+            befores.append(before)
+        S = S.view_as(start).clone()
+        ctx.save_for_backward(q, k, v, g, start, S, *befores)
+        ctx.size = size
+        return y, S
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, start, end, *befores = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+
+            def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
+                y, state = linear_attention_reference(q, k, v, g, {"S": start})
+                return y, state["S"]
+
+            return *second_order(ctx.needs_input_grad[:5], loop, (q, k, v, g, start), grads), None
+        d_y, d_end = grads
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_g = None if g is None else torch.empty_like(g)
+        d_S, after_all = d_end.flatten(0, 1), end.flatten(0, 1)
+        for piece, before in zip(reversed(list(pieces(k, ctx.size))), reversed(befores), strict=True):
+            qs, ks, vs, d_ys = piece.cut(q), piece.cut(k), piece.cut(v), piece.cut(d_y)
+            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
+            new = decay.from_start(qs).mT @ d_ys
+            d_after = torch.empty_like(new)
+            for c in reversed(range(new.shape[1])):
+                d_after[:, c] = d_S
+                d_S = decay.over(c, d_S, new[:, c])
+            d_vs = decay.scores(qs, ks).mT @ d_ys
+            piece.put(d_v, d_vs.add_(decay.to_end(ks) @ d_after))
+            d_qs, d_ks = decay.scores_backward(d_ys @ vs.mT, qs, ks)
+            d_qs.add_(decay.from_start(d_ys @ before.mT))
+            d_ks.add_(decay.to_end(vs @ d_after.mT))
+            piece.put(d_q, d_qs)
+            piece.put(d_k, d_ks)
+            if d_g is not None and g is not None:
+                after = torch.cat([before[:, 1:], after_all[:, None]], 1)
+                piece.put(d_g, decay.gradient((qs * d_qs).sub_(ks * d_ks), after * d_after))
+            after_all = before[:, 0]
+        return d_q, d_k, d_v, d_g, d_S.view_as(start), None
 
 
 def linear_attention_carry(

@@ -79,7 +79,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         log_decay, b, start, h = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            return second_order(ctx, _scan_by_doubling, (log_decay, b, start), grads)
+            return second_order(ctx.needs_input_grad, _scan_by_doubling, (log_decay, b, start), grads)
         d_log_decay, d_b, d_start = torch.empty_like(h), torch.empty_like(h), torch.empty_like(start)
         _over_bands("backward", log_decay, start, h, grads[0].contiguous(), d_log_decay, d_b, d_start)
         return d_log_decay, d_b, d_start
