@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ DRAWING: Any = {
     "ytick.major.size": 0,
     "lines.solid_capstyle": "round",
     "lines.solid_joinstyle": "round",
-    "path.simplify": True,
+    "text.parse_math": False,
 }
 
 
@@ -178,7 +178,7 @@ def _tiles(summary: Mapping[str, Any], retention: Mapping[str, Any], metrics: Se
     tiles.append(_tile("read", _size(summary["bytes"]), f"in {_duration(seconds)}" if seconds else "once"))
     speed = summary.get("bytes_per_second") or (summary["bytes"] / seconds if seconds else None)
     if speed:
-        tiles.append(_tile("speed", f"{speed / 1000:.1f} kB/s", "predicting and learning"))
+        tiles.append(_tile("speed", f"{speed / 1000:.1f} kB/s", "learning included"))
     carried = [summary[key] for key in ("state_bytes", "kept_bytes") if summary.get(key) is not None]
     if carried:
         tiles.append(_tile("carried along", _size(sum(carried)), "state and kept bytes"))
@@ -204,7 +204,9 @@ def _absent(what: str) -> str:
 def _drawn(draw: Callable[[Axes], None], width: float = 10.4, height: float = 3.0) -> str:
     """The figure as inline SVG whose colours are the page's variables."""
     with rc_context(DRAWING):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        # fixed margins in inches, so that figures below each other share their horizontal axis
+        figure = Figure(figsize=(width, height))
+        figure.subplots_adjust(left=0.6 / width, right=1 - 1.45 / width, bottom=0.3 / height, top=1 - 0.06 / height)
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         drawn = io.StringIO()
@@ -242,10 +244,10 @@ def _draw_bits(
 ) -> None:
     _stream_axis(axes, end, phases, hues)
     x, now = _series(metrics, "bits_per_byte_now")
-    axes.plot(x, now, color=MUTED, linewidth=1.0, alpha=0.75, marker="." if len(x) == 1 else None)
+    axes.plot(x, now, color=MUTED, linewidth=1.0, alpha=0.75, **_alone(x))
     x, so_far = _series(metrics, "bits_per_byte")
-    axes.plot(x, so_far, color=INK, linewidth=2.4, marker="o" if len(x) == 1 else None)
-    levels = [*np.quantile(now, [0.97])] if len(now) else []
+    axes.plot(x, so_far, color=INK, linewidth=2.4, **_alone(x))
+    levels = [*np.quantile(now, [0.94])] if len(now) else []
     notes: list[tuple[float, str, str]] = []
     if len(so_far):
         levels += [so_far[-1] * 1.4, float(np.median(so_far)) * 1.2]
@@ -258,6 +260,11 @@ def _draw_bits(
     top = min(8.5, max(levels, default=8.0) * 1.18)
     axes.set_ylim(0, top)
     _notes(axes, notes)
+
+
+def _alone(x: Sized) -> dict[str, Any]:
+    """A line of one point is seen only as a dot."""
+    return {"marker": "o", "clip_on": False} if len(x) == 1 else {}
 
 
 def _retention_figure(
@@ -286,19 +293,21 @@ def _retention_figure(
             points, hue = lines[domain], hues[domain]
             over = [p for p in points if p[0] >= ends.get(domain, end)]
             before = [p for p in points if p[0] <= (over[0][0] if over else end)]
-            axes.plot(*zip(*before, strict=True), color=hue, linewidth=1.2, alpha=0.6, linestyle=(0, (2, 2)))
+            axes.plot(
+                *zip(*before, strict=True), color=hue, linewidth=1.2, alpha=0.6, linestyle=(0, (2, 2)), **_alone(before)
+            )
             if over:
                 axes.plot(*zip(*over, strict=True), color=hue, linewidth=2.4)
                 axes.plot(*over[0], "o", color=hue, markersize=7, markeredgecolor=PAPER, clip_on=False)
                 worst = max(over, key=lambda point: point[1])
-                if len(over) > 1:
+                if len(over) > 1 and len(chosen) <= 4:
                     axes.plot(*worst, "^", color=hue, markersize=9, markeredgecolor=PAPER, clip_on=False)
                     axes.annotate(
                         f"{worst[1]:.2f}", worst, (0, 9), textcoords="offset points", ha="center",
                         color=hue, fontsize=9, fontweight="bold",
                     )  # fmt: skip
             levels += [score for _, score in over or points]
-            notes.append((points[-1][1], f"{_short(domain, 16)} {points[-1][1]:.2f}", hue))
+            notes.append((points[-1][1], f"{_short(domain, 12)} {points[-1][1]:.2f}", hue))
         axes.set_ylim(0, min(8.5, max(levels) * 1.45))
         _notes(axes, notes)
 
@@ -334,7 +343,7 @@ def _memory_figures(metrics: Sequence[Mapping[str, Any]], end: int) -> str:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _size(y)))
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
             for key, (x, y) in series.items():
-                axes.plot(x, y, color=keys[key][1], linewidth=2.2, marker="o" if len(x) == 1 else None)
+                axes.plot(x, y, color=keys[key][1], linewidth=2.2, **_alone(x))
             axes.set_ylim(0, max(max(y.max() for _, y in series.values()) * 1.25, 1))
             _notes(axes, [(y[-1], f"{keys[key][0]} {_size(y[-1])}", keys[key][1]) for key, (_, y) in series.items()])
 
