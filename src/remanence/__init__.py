@@ -1,5 +1,28 @@
-"""Remanence: models with memory that keep learning."""
+"""Remanence: models with memory that keep learning.
+
+`learn` reads a stream and learns from it, `generate` continues from what was learned, `watch` points at
+the surprising lines of a log. The parts are in the rooms: `remanence.memory`, `.ops`, `.models`,
+`.learning`, `.continual`, `.evaluation`.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remanence.api import generate, learn
+    from remanence.learning import Learner
+    from remanence.watching import watch
+
 __version__ = "0.1.0"
+__all__ = ["Learner", "generate", "learn", "watch"]
+
+_HOMES = {"learn": "api", "generate": "api", "watch": "watching", "Learner": "learning"}
+
+
+def __getattr__(name: str) -> Any:
+    # loaded on first use, so that `remanence --help` answers at once
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"remanence.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'remanence' has no attribute {name!r}")

@@ -1,0 +1,334 @@
+"""The commands. Results go to standard output, progress and complaints to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from remanence.errors import RemanenceError, nearest
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Models with memory that keep learning: from a stream that never ends, in constant memory.",
+)
+progress_console = Console(stderr=True)
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output: JSON, one object per line.")]
+
+
+@app.command()
+def learn(
+    source: Annotated[str, typer.Argument(help="A file, a directory, a .gz, - for standard input, or builtin:NAME.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    memory: Annotated[
+        str, typer.Option(help="A memory's name, or a pattern like '3*gla, sliding-window'.")
+    ] = "default",
+    bytes: Annotated[int | None, typer.Option(min=1, help="Stop after so many bytes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    strategy: Annotated[
+        str, typer.Option(help="Against forgetting: replay, ewc, several by comma, or none.")
+    ] = "replay",
+    size: Annotated[str, typer.Option(help="default, or small: a tenth of the cost.")] = "default",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn from SOURCE as it is read; each byte is predicted before it is learned.
+
+    Example: remanence learn builtin:mixed --out runs/demo
+    """
+    from remanence import api
+
+    def run(on_progress: Any) -> dict[str, Any]:
+        return api.learn(
+            source,
+            out,
+            memory=memory,
+            bytes=bytes,
+            seed=seed,
+            strategy=strategy,
+            size=size,
+            resume=resume,
+            on_progress=on_progress,
+        )
+
+    try:
+        if as_json:
+            summary = run(lambda entry: typer.echo(json.dumps(entry)))
+            typer.echo(json.dumps(summary))
+            return
+        progress_console.print(f"learning from [bold]{source}[/] into [bold]{out}[/]", highlight=False)
+        with Live(_status({}), console=progress_console, refresh_per_second=4, transient=True) as live:
+            summary = run(lambda entry: live.update(_status(entry)))
+    except KeyboardInterrupt:
+        again = f"remanence learn {source} --out {out} --resume"
+        raise Interrupted(f"Stopped and saved. To go on: {again}") from None
+    _show_summary(summary, out)
+
+
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="A file of lines, or - for a pipe.")] = "-",
+    top: Annotated[int | None, typer.Option(min=1, help="At the end, only the K most surprising lines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read lines, learn from them, and show the surprising ones.
+
+    Example: journalctl -f | remanence watch -
+    """
+    from remanence import watching
+
+    def lines() -> Iterator[bytes]:
+        if source == "-":
+            yield from sys.stdin.buffer
+            return
+        path = Path(source)
+        if not path.is_file():
+            close = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
+            raise RemanenceError(f"There is no file {source}" + (f"; did you mean {close!r}?" if close else "."))
+        with open(path, "rb") as f:
+            yield from f
+
+    found = watching.watch(lines())
+    if top is not None:
+        found = iter(watching.top_lines(found, top))
+    elif not as_json:
+        found = (line for line in found if line.score >= watching.SURPRISING)
+    for line in found:
+        if as_json:
+            fields = ("line", "bits", "bits_per_byte", "score", "text")
+            typer.echo(json.dumps({name: getattr(line, name) for name in fields}))
+        else:
+            console.print(watching.render(line), soft_wrap=True)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Bytes to write.")] = 400,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest; 1 samples as learned.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the choice.")] = 0,
+) -> None:
+    """Continue from the state of the run in DIRECTORY; writes as it goes.
+
+    Example: remanence generate runs/demo --prompt "The "
+    """
+    from remanence import api
+
+    given = sys.stdin.buffer.read() if prompt == "-" else prompt.encode()
+    output = sys.stdout.buffer
+    output.write(given)
+    for token in api.generate(directory, given, tokens, temperature=temperature, seed=seed):
+        output.write(bytes_of(token))
+        output.flush()
+    output.write(b"\n")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """Write the page of a run again.
+
+    Example: remanence report runs/demo
+    """
+    from remanence.evaluation.report import write_report
+
+    typer.echo(write_report(directory))
+
+
+@app.command()
+def systems(
+    kind: Annotated[str | None, typer.Option(help="Only members of one kind: memory, strategy, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The catalogue: what works, and what is still to come.
+
+    Example: remanence systems --kind memory
+    """
+    from remanence import catalogue
+
+    cards, proofs, table = catalogue.cards(), catalogue.proofs(), catalogue.systems()
+    if kind is not None and kind not in (kinds := {c.kind for c in cards.values()}):
+        raise RemanenceError(f"There is no kind {kind!r}; known: {', '.join(sorted(kinds))}.")
+    shown = [c for c in cards.values() if kind in (None, c.kind)]
+    working = {c.system.id for c in cards.values() if c.system.kind != "baseline"} & set(proofs)
+    published = [s for s in table.values() if s.kind != "baseline"]
+    if as_json:
+        by_system = {c.system.id: c for c in cards.values()}
+        for system in table.values():
+            works = system.id in by_system and system.id in proofs
+            entry = {"id": system.id, "title": system.title, "year": system.year, "family": system.family}
+            typer.echo(json.dumps(entry | {"kind": system.kind, "works": works}))
+        return
+    out = Table("id", "kind", "what it is", "published", "proof")
+    for c in shown:
+        year = f"{c.system.title} ({c.system.year})"
+        out.add_row(c.id, c.kind, c.says, year, "yes" if c.system.id in proofs else "no")
+    console.print(out)
+    console.print(
+        f"{len(working)} of {len(published)} published systems work, each with a proof; the rest are to come."
+    )
+
+
+@app.command()
+def prove(
+    ids: Annotated[list[str] | None, typer.Argument(help="Systems to prove; all by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the proofs: each system's claim, and the control that must fail it.
+
+    Example: remanence prove titans retnet
+    """
+    from remanence.evaluation.proving import prove as run
+
+    failed = 0
+    for result in run(ids or None):
+        failed += not result["passed"]
+        if as_json:
+            typer.echo(json.dumps(result))
+            continue
+        mark = Text("proved " if result["passed"] else "FAILED ", style="green" if result["passed"] else "red")
+        console.print(mark + Text(f"{result['id']}  ({result['seconds']:.1f} s)", style="bold"))
+        for name in ("claim", "evidence", "control"):
+            console.print(Text(f"  {name:<9}{result[name]}"))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: mqar, state-tracking or copying.")],
+    memory: Annotated[list[str] | None, typer.Option(help="A memory to compare; may be given again.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A shorter training.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare memories on one benchmark: the same data for each, from one seed.
+
+    Example: remanence bench mqar --memory gated-deltanet --memory sliding-window
+    """
+    from remanence.evaluation import benchmarks
+
+    rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick)
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps(row))
+        return
+    out = Table(*rows[0])
+    for row in rows:
+        out.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(out)
+
+
+class Interrupted(RemanenceError):
+    """Ctrl-C: what was learned is saved."""
+
+
+def main() -> None:
+    """The program: one sentence and exit status 2 for wrong usage, 1 for a fault, 130 when interrupted."""
+    try:
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:
+        if message := error.format_message():
+            _complain(f"{message.rstrip('.?')}{_did_you_mean(message)}. See `remanence --help`.")
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Interrupted as stopped:
+        _complain(str(stopped))
+        sys.exit(130)
+    except (RemanenceError, ValueError) as error:
+        _complain(str(error))
+        sys.exit(2 if isinstance(error, LookupError | ValueError) else 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(status or 0)
+
+
+def bytes_of(token: int) -> bytes:
+    """One byte as the stream has it."""
+    return bytes([token])
+
+
+def _did_you_mean(message: str) -> str:
+    """The nearest command, where the parser offers none."""
+    if "No such command" not in message or "ean" in message:
+        return ""
+    close = nearest(message.split("'")[1], [c.callback.__name__ for c in app.registered_commands if c.callback])
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def _complain(sentence: str) -> None:
+    progress_console.print(Text(f"remanence: {sentence}"), style="red", soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return ""
+
+
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _status(entry: dict[str, Any]) -> Table:
+    out = Table.grid(padding=(0, 2))
+    if not entry:
+        out.add_row("warming up (the first run compiles for some seconds) …")
+        return out
+    total = f" of {_size(entry['total'])} ({entry['bytes'] / entry['total']:.0%})" if entry["total"] else ""
+    out.add_row("position", f"{_size(entry['bytes'])}{total}", "domain", entry["domain"])
+    out.add_row(
+        "bits per byte",
+        f"[bold]{entry['bits_per_byte_now']:.3f}[/] now, {entry['bits_per_byte']:.3f} so far",
+        "speed",
+        f"{entry['bytes_per_second'] / 1000:.1f} kB/s",
+    )
+    out.add_row(
+        "state",
+        f"{_size(entry['state_bytes'])}, kept {_size(entry['kept_bytes'])}",
+        "process",
+        _size(entry["rss_bytes"]),
+    )
+    return out
+
+
+def _show_summary(summary: dict[str, Any], out: Path) -> None:
+    table = Table(show_header=False, title=f"{summary['source']}, read once")
+    table.add_row("read", f"{summary['bytes']:,} bytes in {summary['seconds']:.0f} s")
+    table.add_row("speed", f"{summary['bytes_per_second'] / 1000:.1f} kB/s")
+    beside = f"   (xz -9e: {summary['xz_bits_per_byte']:.3f})" if summary["xz_bits_per_byte"] else ""
+    table.add_row("bits per byte", f"[bold]{summary['bits_per_byte']:.3f}[/]{beside}")
+    table.add_row("state", _size(summary["state_bytes"]))
+    table.add_row("kept of the past", _size(summary["kept_bytes"]))
+    table.add_row("weights", f"{summary['parameters']:,}")
+    table.add_row("process, at most", _size(summary["peak_rss_bytes"]))
+    console.print(table)
+    if summary["retention"]:
+        kept = Table("domain", "when it ended", "at the end", "worst since", title="held-back text, bits per byte")
+        for domain, r in summary["retention"].items():
+            kept.add_row(domain, *(_bits(r[n]) for n in ("when_ended", "at_end", "worst_since")))
+        console.print(kept)
+    for sample in summary["samples"]:
+        console.print(Text(f"\n… continuing {sample['domain']}", style="bold"))
+        console.print(Text(sample["prompt"], style="dim") + Text(_visible(sample["text"])), soft_wrap=True)
+    console.print(Text(f"\nreport: {out / 'report.html'}"), soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
