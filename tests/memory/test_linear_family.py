@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +210,11 @@ def test_state_bytes_are_what_the_docstrings_say() -> None:
     assert nbytes(WindowAttention(16, heads=2, window=5).initial_state(1)) == 4 * 2 * 2 * 4 * 8 + 8
     assert nbytes(GatedDeltaNet(16, heads=2).initial_state(1)) == 4 * (2 * 8 * 16 + 3 * 2 * (16 + 16))
     assert nbytes(Griffin(16).initial_state(1)) == 4 * (16 + 3 * 16) + 1
+
+
+@pytest.mark.parametrize("example", [0, 1])
+def test_the_examples_of_the_docs_run(example: int) -> None:
+    page = Path(__file__).parents[2] / "docs" / "memories.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    exec(compile(blocks[example], str(page), "exec"), {"__name__": "example"})
