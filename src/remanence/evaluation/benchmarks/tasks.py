@@ -1,0 +1,208 @@
+"""Synthetic tasks: endless seeded data of which every answer is known, and what a guess would get.
+
+A task draws batches. `inputs` is what a model reads, `targets` what it should answer at each position where `mask`
+is true (elsewhere the target is 0 and means nothing). No answer stands in the inputs at or before its position,
+other than where the task is to find it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Shapes: `inputs` and `targets` int64 [batch, time], `mask` bool [batch, time]."""
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+class Task(ABC):
+    """Where batches come from: `vocabulary` tokens, and `chance`, the accuracy of the best guess."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Number of tokens, inputs and answers together."""
+
+    @property
+    @abstractmethod
+    def chance(self) -> float:
+        """Accuracy of who knows which answers are possible, but remembers nothing of the order."""
+
+    @abstractmethod
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        """`batch` fresh sequences; the same for the same state of `generator`."""
+
+    @abstractmethod
+    def longer(self) -> Task:
+        """The same task, with twice as much to hold, or twice as long."""
+
+
+def _distinct(batch: int, many: int, of: int, generator: torch.Generator) -> Tensor:
+    """[batch, many] numbers below `of`, no two alike in a row."""
+    return torch.rand(batch, of, generator=generator).argsort(1)[:, :many]
+
+
+@dataclass(frozen=True)
+class Recall(Task):
+    """Multi-query associative recall: key-value pairs, a pause, then each key again in another order.
+
+    `k₁ v₁ … k_P v_P · · · k_π(1) … k_π(P)`: at each key after the pause the answer is the value that followed it.
+    Keys are tokens below `symbols`, values the next `symbols`, the pause is the token after those.
+
+    Source: Zoology, Arora et al. 2023, arXiv:2312.04927. There the queries stand at random distances; here all come
+        after `pause` tokens, so that what reaches back no further than the pause can only guess.
+    """
+
+    pairs: int = 8
+    pause: int = 32
+    symbols: int = 24
+
+    @property
+    def vocabulary(self) -> int:
+        return 2 * self.symbols + 1
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.pairs
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        keys = _distinct(batch, self.pairs, self.symbols, generator)
+        values = _distinct(batch, self.pairs, self.symbols, generator) + self.symbols
+        order = _distinct(batch, self.pairs, self.pairs, generator)
+        told = torch.stack([keys, values], 2).flatten(1)
+        pause = torch.full((batch, self.pause), 2 * self.symbols)
+        inputs = torch.cat([told, pause, keys.gather(1, order)], 1)
+        targets = torch.zeros_like(inputs)
+        targets[:, -self.pairs :] = values.gather(1, order)
+        mask = torch.zeros_like(inputs, dtype=torch.bool)
+        mask[:, -self.pairs :] = True
+        return Batch(inputs, targets, mask)
+
+    def longer(self) -> Recall:
+        return Recall(self.pairs, 2 * self.pause, self.symbols)
+
+
+@dataclass(frozen=True)
+class Parity(Task):
+    """Whether the ones so far are odd in number: the smallest state that no fixed depth of positive decays tracks.
+
+    Inputs are 0 and 1; the answer, at every position, is their running sum modulo 2.
+
+    Source: Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv:2404.08819.
+    """
+
+    length: int = 32
+
+    @property
+    def vocabulary(self) -> int:
+        return 2
+
+    @property
+    def chance(self) -> float:
+        return 1 / 2
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        inputs = torch.randint(2, (batch, self.length), generator=generator)
+        return Batch(inputs, inputs.cumsum(1) % 2, torch.ones_like(inputs, dtype=torch.bool))
+
+    def longer(self) -> Parity:
+        return Parity(2 * self.length)
+
+
+@cache
+def permutations() -> Tensor:
+    """The 120 permutations of five things in lexical order: int64 [120, 5]; row 0 changes nothing."""
+    return torch.tensor(list(itertools.permutations(range(5))))
+
+
+@cache
+def products() -> Tensor:
+    """`products()[a, b]`: the number of the permutation that is `a` first, then `b`. int64 [120, 120]."""
+    places = permutations()
+    after = places[:, None].expand(120, 120, 5).gather(2, places[None].expand(120, 120, 5))
+    weights = torch.tensor([625, 125, 25, 5, 1])
+    number = torch.zeros(3125, dtype=torch.long)
+    number[(places * weights).sum(1)] = torch.arange(120)
+    return number[(after * weights).sum(2)]
+
+
+@dataclass(frozen=True)
+class S5(Task):
+    """The product of all permutations so far: state tracking in a group that is not solvable.
+
+    Inputs are numbers of permutations of five things, `permutations()[token]`; the answer, at every position, is
+    the number of their product from the first on.
+
+    Source: Merrill, Petty, Sabharwal 2024, arXiv:2404.08819, whose tokens are all 120 elements. Here they
+        are three of them (nothing, a swap of the first two, a turn of all five), which generate the group.
+    """
+
+    length: int = 16
+
+    MOVES = ((0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (1, 2, 3, 4, 0))
+
+    @property
+    def vocabulary(self) -> int:
+        return 120
+
+    @property
+    def chance(self) -> float:
+        return 1 / 120
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        numbers = {tuple(p): n for n, p in enumerate(permutations().tolist())}
+        moves = torch.tensor([numbers[move] for move in self.MOVES])
+        inputs = moves[torch.randint(len(moves), (batch, self.length), generator=generator)]
+        targets, now = torch.empty_like(inputs), torch.zeros(batch, dtype=torch.long)
+        for t in range(self.length):
+            now = products()[now, inputs[:, t]]
+            targets[:, t] = now
+        return Batch(inputs, targets, torch.ones_like(inputs, dtype=torch.bool))
+
+    def longer(self) -> S5:
+        return S5(2 * self.length)
+
+
+@dataclass(frozen=True)
+class Copying(Task):
+    """A string, a mark, then as many blanks as it had letters: answer the string, letter by letter.
+
+    `s₁ … s_L | · … ·`: at the mark the answer is `s₁`, at the i-th blank `s_{i+1}`. Letters are tokens below
+    `symbols`, then come the mark and the blank. Nothing of what is answered is read again, so that
+    place alone finds the next letter.
+
+    Source: Jelassi et al. 2024, "Repeat After Me", arXiv:2402.01032, where the letters answered are fed back.
+    """
+
+    length: int = 12
+    symbols: int = 8
+
+    @property
+    def vocabulary(self) -> int:
+        return self.symbols + 2
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.symbols
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        letters = torch.randint(self.symbols, (batch, self.length), generator=generator)
+        mark = torch.full((batch, 1), self.symbols)
+        blanks = torch.full((batch, self.length - 1), self.symbols + 1)
+        inputs = torch.cat([letters, mark, blanks], 1)
+        targets = torch.cat([torch.zeros_like(letters), letters], 1)
+        mask = torch.arange(2 * self.length).expand(batch, -1) >= self.length
+        return Batch(inputs, targets, mask)
+
+    def longer(self) -> Copying:
+        return Copying(2 * self.length, self.symbols)
