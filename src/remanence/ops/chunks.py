@@ -14,7 +14,7 @@ from torch import Tensor
 
 from remanence.ops.decay import cumulative
 
-CACHED_CHUNKS = 64
+CACHED_CHUNKS = 32
 """How many chunks are handled together on a CPU: enough for full matrix speed, few enough for its cache."""
 
 
