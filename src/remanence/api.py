@@ -23,7 +23,7 @@ import torch
 from remanence import __version__, continual
 from remanence.catalogue import cards
 from remanence.errors import CheckpointError, RemanenceError, unknown
-from remanence.evaluation.metrics import Retention
+from remanence.evaluation.metrics import Retention, xz_bits_per_byte
 from remanence.learning import Learner, checkpoint
 from remanence.models.counting import CountingModel
 from remanence.models.language import LanguageModel, parse_pattern

@@ -18,6 +18,7 @@ from remanence.continual.base import Batch, Context, Strategies, Strategy
 from remanence.errors import CheckpointError, RemanenceError
 from remanence.learning import checkpoint
 from remanence.models.counting import CountingModel
+from remanence.optim.adamw import AdamW
 from remanence.state import State, concat, detach, fork, nbytes
 
 
@@ -39,7 +40,7 @@ class Learner:
     Args:
         model: `model(inputs, state) -> (logits, state)` with `initial_state` for sequence models
             (`LanguageModel`), or any classifier `model(inputs) -> logits`.
-        optimizer: over the model's parameters; AdamW at 2e-3 by default.
+        optimizer: over the model's parameters; `AdamW` at 2e-3 by default.
         strategies: what guards against forgetting, in order.
         counts: a `CountingModel` that learns beside the network (one row of bytes only). It takes the
             network's prediction in and mixes it with its own; its prediction is then the one that is scored.
@@ -53,7 +54,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | AdamW | None = None,
         strategies: Iterable[Strategy] = (),
         *,
         counts: CountingModel | None = None,
@@ -64,9 +65,7 @@ class Learner:
         self.model, self.counts, self.clip, self.learning = model, counts, clip, learning
         self.strategies = Strategies(strategies)
         self.strategies.attach(model)
-        self.optimizer = optimizer or torch.optim.AdamW(
-            model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-        )
+        self.optimizer = optimizer or AdamW(model.parameters())
         self.schedule = schedule
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
@@ -203,7 +202,9 @@ class Learner:
             self.counts.load_state_dict(tree["counts"])
         self.model.load_state_dict(got)
         optimizer = dict(tree["optimizer"])
-        optimizer["state"] = {int(k): v for k, v in optimizer["state"].items()}
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            # its keys are numbers, which JSON made strings
+            optimizer["state"] = {int(k): v for k, v in optimizer["state"].items()}
         self.optimizer.load_state_dict(optimizer)
         self.strategies.load_state_dict(tree["strategies"])
         self.state, self.last, self.step = tree["state"], tree["last"], tree["step"]
