@@ -30,6 +30,8 @@ def test_forgetting_is_the_fall_from_the_best():
     assert m.forgetting(R) == pytest.approx(((0.90 - 0.70) + (0.80 - 0.50)) / 2)
     assert m.forgetting(R, after=2) == pytest.approx(0.30)
     assert m.forgetting(LOSSES, higher_is_better=False) == pytest.approx(0.25)
+    best_later = [R[0], R[1], [0.95, 0.80, 0.50], R[3]]
+    assert m.forgetting(best_later) == pytest.approx(((0.95 - 0.70) + (0.80 - 0.50)) / 2)
 
 
 def test_transfer():
