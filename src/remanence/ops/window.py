@@ -76,11 +76,15 @@ def window_attention(
     old_k, old_v, seen = state["k"], state["v"], state["seen"]
     all_k, all_v = torch.cat([old_k, key], 2), torch.cat([old_v, value], 2)
     after = {"k": all_k[:, :, T:], "v": all_v[:, :, T:], "seen": seen + T}
+    # Joined again from split pieces: the gradient of a slice is as long as all keys, that of a piece is not.
+    split_k, split_v = all_k.split(BLOCK, 2), all_v.split(BLOCK, 2)
     y, logsumexp = [], []
-    for start in range(0, T, BLOCK):
+    for block, start in enumerate(range(0, T, BLOCK)):
         n = min(BLOCK, T - start)
         stop = start + n + window - 1
-        k, v = _with_prefix(all_k[:, :, start:stop], all_v[:, :, start:stop], prefix)
+        needed = slice(block, -(-stop // BLOCK))
+        k, v = (torch.cat(x[needed], 2)[:, :, : stop - start] for x in (split_k, split_v))
+        k, v = _with_prefix(k, v, prefix)
         scores = (query[:, :, start : start + n].to(k.dtype) / K**0.5) @ k.mT
         row = torch.arange(n, device=key.device)[:, None]
         column = torch.arange(stop - start, device=key.device)
