@@ -32,7 +32,7 @@ def recall(pairs: int = 4, pause: int = 16, symbols: int = 8) -> dict[str, Task]
     says="Running products in a group: parity, and the permutations of five things.",
     source="arXiv:2404.08819",
 )
-def state_tracking(parity: int = 16, s5: int = 8) -> dict[str, Task]:
+def state_tracking(parity: int = 16, s5: int = 16) -> dict[str, Task]:
     return {"parity": Parity(parity), "s5": S5(s5)}
 
 

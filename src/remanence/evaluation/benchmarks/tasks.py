@@ -52,6 +52,11 @@ def _distinct(batch: int, many: int, of: int, generator: torch.Generator) -> Ten
     return torch.rand(batch, of, generator=generator).argsort(1)[:, :many]
 
 
+def _from(first: int, inputs: Tensor) -> Tensor:
+    """The mask that asks at position `first` and at all after it."""
+    return (torch.arange(inputs.shape[1]) >= first).expand_as(inputs)
+
+
 @dataclass(frozen=True)
 class Recall(Task):
     """Multi-query associative recall: key-value pairs, a pause, then each key again in another order.
@@ -84,9 +89,7 @@ class Recall(Task):
         inputs = torch.cat([told, pause, keys.gather(1, order)], 1)
         targets = torch.zeros_like(inputs)
         targets[:, -self.pairs :] = values.gather(1, order)
-        mask = torch.zeros_like(inputs, dtype=torch.bool)
-        mask[:, -self.pairs :] = True
-        return Batch(inputs, targets, mask)
+        return Batch(inputs, targets, _from(inputs.shape[1] - self.pairs, inputs))
 
     def longer(self) -> Recall:
         return Recall(self.pairs, 2 * self.pause, self.symbols)
@@ -96,12 +99,14 @@ class Recall(Task):
 class Parity(Task):
     """Whether the ones so far are odd in number: the smallest state that no fixed depth of positive decays tracks.
 
-    Inputs are 0 and 1; the answer, at every position, is their running sum modulo 2.
+    Inputs are 0 and 1; the answer, at every position from `first` on, is their running sum modulo 2. What is
+    longer asks only beyond the length before, where no model has been trained.
 
     Source: Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", arXiv:2404.08819.
     """
 
     length: int = 32
+    first: int = 0
 
     @property
     def vocabulary(self) -> int:
@@ -113,10 +118,10 @@ class Parity(Task):
 
     def draw(self, batch: int, generator: torch.Generator) -> Batch:
         inputs = torch.randint(2, (batch, self.length), generator=generator)
-        return Batch(inputs, inputs.cumsum(1) % 2, torch.ones_like(inputs, dtype=torch.bool))
+        return Batch(inputs, inputs.cumsum(1) % 2, _from(self.first, inputs))
 
     def longer(self) -> Parity:
-        return Parity(2 * self.length)
+        return Parity(2 * self.length, first=self.length)
 
 
 @cache
@@ -140,14 +145,16 @@ def products() -> Tensor:
 class S5(Task):
     """The product of all permutations so far: state tracking in a group that is not solvable.
 
-    Inputs are numbers of permutations of five things, `permutations()[token]`; the answer, at every position, is
-    the number of their product from the first on.
+    Inputs are numbers of permutations of five things, `permutations()[token]`; the answer, at every
+    position from `first` on, is the number of the product of all so far. `chance` is that of late positions: early
+    products are few.
 
     Source: Merrill, Petty, Sabharwal 2024, arXiv:2404.08819, whose tokens are all 120 elements. Here they
         are three of them (nothing, a swap of the first two, a turn of all five), which generate the group.
     """
 
     length: int = 16
+    first: int = 0
 
     MOVES = ((0, 1, 2, 3, 4), (1, 0, 2, 3, 4), (1, 2, 3, 4, 0))
 
@@ -167,10 +174,10 @@ class S5(Task):
         for t in range(self.length):
             now = products()[now, inputs[:, t]]
             targets[:, t] = now
-        return Batch(inputs, targets, torch.ones_like(inputs, dtype=torch.bool))
+        return Batch(inputs, targets, _from(self.first, inputs))
 
     def longer(self) -> S5:
-        return S5(2 * self.length)
+        return S5(2 * self.length, first=self.length)
 
 
 @dataclass(frozen=True)
@@ -201,8 +208,7 @@ class Copying(Task):
         blanks = torch.full((batch, self.length - 1), self.symbols + 1)
         inputs = torch.cat([letters, mark, blanks], 1)
         targets = torch.cat([torch.zeros_like(letters), letters], 1)
-        mask = torch.arange(2 * self.length).expand(batch, -1) >= self.length
-        return Batch(inputs, targets, mask)
+        return Batch(inputs, targets, _from(self.length, inputs))
 
     def longer(self) -> Copying:
         return Copying(2 * self.length, self.symbols)

@@ -31,7 +31,16 @@ def accuracy(model: LanguageModel, task: Task, *, batches: int, batch: int, seed
 
 
 def train(
-    name: str, task: Task, *, steps: int, seed: int, dim: int, layers: int, batch: int, rate: float
+    name: str,
+    task: Task,
+    *,
+    steps: int,
+    seed: int,
+    dim: int,
+    layers: int,
+    batch: int,
+    rate: float,
+    arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> LanguageModel:
     """A stack of `layers` memories of one name, after `steps` batches of the task; `seed` fixes data and weights.
 
@@ -40,7 +49,7 @@ def train(
     # The initial weights come from the global generator: it is put back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LanguageModel(f"{layers}*{name}", vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=SETTINGS)
+        model = LanguageModel(f"{layers}*{name}", vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=steps, pct_start=min(0.1, 1 - 1 / steps), cycle_momentum=False
@@ -67,27 +76,31 @@ def run_benchmark(
     layers: int = 2,
     batch: int = 32,
     rate: float = 5e-3,
+    arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> list[dict[str, Any]]:
-    """A row per task and memory: `task`, `memory`, `accuracy`, `longer` (on the task made longer than any trained on),
-    `chance`, `state_bytes` (one sequence), `parameters`, `seconds` (training).
+    """A row per task and memory: `task`, `memory`, `accuracy`, `longer` (accuracy on `task.longer()`, which no training
+    saw), `chance`, `state_bytes` (one sequence), `parameters`, `seconds` (training).
 
     Every memory trains on the same batches and is examined on the same others.
+
+    `arguments` go to the memories by name; they are named in the row's `memory`.
 
     Raises: `UnknownName` for a memory that nothing goes by, before anything is trained.
     """
     for name in memories:
         catalogue.find(name, "memory")
+    how: dict[str, Any] = {"steps": steps, "dim": dim, "layers": layers, "batch": batch, "rate": rate}
     rows = []
     for title, task in tasks.items():
         for name in memories:
             start = time.perf_counter()
-            model = train(name, task, steps=steps, seed=seed, dim=dim, layers=layers, batch=batch, rate=rate)
+            model = train(name, task, seed=seed, arguments=arguments, **how)
             seconds = time.perf_counter() - start
             exam = {"batches": 4, "batch": 64, "seed": seed + 2**32}
             rows.append(
                 {
                     "task": title,
-                    "memory": name + "".join(f" {k}={v}" for k, v in SETTINGS.get(name, {}).items()),
+                    "memory": name + "".join(f" {k}={v}" for k, v in arguments.get(name, {}).items()),
                     "accuracy": accuracy(model, task, **exam),
                     "longer": accuracy(model, task.longer(), **exam),
                     "chance": task.chance,
