@@ -101,6 +101,18 @@ def inner_gradient(key: Tensor, value: Tensor, anchor: Weights, residual: bool) 
     return inputs, deltas[::-1]
 
 
+def _scaled(z: Tensor, W: Tensor, rows: Tensor) -> Tensor:
+    """diag(rows) z W, scaling whichever side is narrower."""
+    return (z * rows[..., None]) @ W if W.shape[-2] < W.shape[-1] else (z @ W) * rows[..., None]
+
+
+def _outer(delta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Σ_i rows_i δ_i x_iᵀ, scaling whichever side is narrower."""
+    if x.shape[-1] < delta.shape[-1]:
+        return delta.mT @ (x * rows[..., None])
+    return (delta * rows[..., None]).mT @ x
+
+
 def fast_weight_chunk(
     query: Tensor,
     inputs: Weights,
@@ -120,16 +132,16 @@ def fast_weight_chunk(
     z, after, pushed = query, [], []
     for depth, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
         z = F.gelu(z) if depth else z
-        read = (z * c.retain[..., None]) @ W.mT - (z @ x.mT * c.write) @ delta
-        last = c.retain[..., -1, None, None] * W - (delta * c.write[..., -1, :, None]).mT @ x
+        read = _scaled(z, W.mT, c.retain) - (z @ x.mT * c.write) @ delta
+        last = c.retain[..., -1, None, None] * W - _outer(delta, x, c.write[..., -1, :])
         if momentum is not None:
             assert c.push is not None
             assert c.tail is not None
             assert c.keep is not None
             S = momentum[depth]
-            read = read + (z * c.push[..., None]) @ S.mT
+            read = read + _scaled(z, S.mT, c.push)
             last = last + c.push[..., -1, None, None] * S
-            pushed.append(c.keep[..., None, None] * S - (delta * c.tail[..., None]).mT @ x)
+            pushed.append(c.keep[..., None, None] * S - _outer(delta, x, c.tail))
         after.append(last)
         z = read
     return (query + z if residual else z), after, (None if momentum is None else pushed)
@@ -266,7 +278,7 @@ def fast_weight(
 
 
 def _square(x: Tensor) -> Tensor:
-    return x.square().sum(-1)
+    return torch.linalg.vector_norm(x, dim=-1).square()  # one pass over x, where x² would be kept for the gradient
 
 
 def _bounded(step: Tensor, gradient: Tensor, error: Tensor, momentum_log: Tensor | None, share: float) -> Tensor:
