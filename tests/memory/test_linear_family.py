@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from remanence import catalogue
 from remanence.errors import UnknownName
+from remanence.evaluation.proofs import linear
 from remanence.memory import (
     GLA,
     HGRN,
@@ -218,3 +220,10 @@ def test_the_examples_of_the_docs_run(example: int) -> None:
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     exec(compile(blocks[example], str(page), "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("id", [i for i, p in catalogue.proofs().items() if p.run.__module__ == linear.__name__])
+def test_the_proof_holds_and_its_control_does_not(id: str) -> None:
+    system, control = catalogue.proofs()[id].run()
+    assert system.holds, system.says
+    assert not control.holds, control.says
