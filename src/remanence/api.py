@@ -33,7 +33,7 @@ from remanence.streams import Source, open_source
 CHECKPOINT = "checkpoint.safetensors"
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "default": {"dim": 192, "counts": "default", "segment": 64},
-    "small": {"dim": 32, "counts": "small", "segment": 64},
+    "small": {"dim": 32, "counts": "small", "segment": 256},
 }
 DEFAULT_PATTERN = "2*gated-deltanet"
 
