@@ -55,6 +55,30 @@ def test_labelled_anomalies_rank_first_and_length_bits_and_chance_do_not(labelle
         assert share_of_anomalies(odd, control) < 0.6
 
 
+def share_of_events(odd, ranked):
+    """An event is a run of anomalous lines; it is found when one of its lines is."""
+    runs = []
+    for n in sorted(odd):
+        if runs and n - 1 in runs[-1]:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    top = {line.line for line in ranked[: 2 * len(odd)]}
+    return sum(any(n in top for n in run) for run in runs) / len(runs)
+
+
+def test_most_labelled_events_are_found_whatever_the_seed():
+    found, control = [], []
+    for seed in range(4):
+        events = list(itertools.islice(logs.events(seed), 3000))
+        odd = {n for n, event in enumerate(events, 1) if event.anomaly}
+        lines = list(watch((event.line for event in events), model=Uniform()))
+        found.append(share_of_events(odd, top_lines(lines, len(lines))))
+        control.append(share_of_events(odd, sorted(lines, key=lambda line: -len(line.text))))
+    assert sum(found) / 4 >= 0.85
+    assert sum(control) / 4 < 0.3
+
+
 def test_the_start_does_not_fill_the_top_list(labelled):
     events, _, lines = labelled
     assert sum(line.line <= 100 and not events[line.line - 1].anomaly for line in top_lines(lines, 20)) <= 1
