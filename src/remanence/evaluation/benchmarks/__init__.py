@@ -60,7 +60,7 @@ def run(
         name: one of `names()`.
         memories: names from the catalogue; None compares `MEMORIES`.
         seed: of data and weights.
-        quick: a quarter of the steps: shows that all runs, and seldom what a memory can do.
+        quick: half the steps: some seconds for each memory, not always enough to learn what it could.
         settings: of `remanence.evaluation.benchmarks.training.run_benchmark`: steps, dim, layers, batch, rate.
 
     Raises: `UnknownName`, with the nearest name, for a benchmark or memory that there is not.
@@ -68,5 +68,5 @@ def run(
     from remanence.evaluation.benchmarks.training import STEPS, run_benchmark
 
     tasks = catalogue.find(name, "benchmark").make()
-    steps = settings.pop("steps", STEPS // 4 if quick else STEPS)
+    steps = settings.pop("steps", STEPS // 2 if quick else STEPS)
     return run_benchmark(tasks, MEMORIES if memories is None else memories, steps=steps, seed=seed, **settings)
