@@ -177,6 +177,7 @@ def flatness(lengths: list[int], budget: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="batch 1, 2,048 tokens, lengths to 8k")
+    parser.add_argument("--lengths", type=int, nargs="+", help="only the cost per token at these lengths")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of repeats for each figure (default 2)")
     parser.add_argument("--threads", type=int, help="threads for PyTorch (default: its own choice)")
     parser.add_argument(
@@ -196,6 +197,9 @@ def main() -> None:
     print(f"matrix rate {matrix_rate() / 1e9:.0f} GFLOP/s.")
     print("Processor time. " if args.cpu_time else "", end="")
     print(f"Forward and backward; loops timed on {LOOP} tokens.")
+    if args.lengths:
+        flatness(args.lengths, args.budget)
+        return
     for B, T in sizes:
         table(B, T, args.budget)
     print("\n### The scan beside copying its inputs (milliseconds; ratios to copy / to clone)\n")

@@ -91,3 +91,8 @@ def test_wrong_shape_says_what_was_expected(draw):
     q, k, v, beta, g = inputs(draw, 4)
     with pytest.raises(ShapeError, match="beta must be"):
         gated_delta_rule(q, k, v, beta[:, :, :3], g)
+
+
+def test_second_derivatives_are_those_of_the_loop(draw):
+    x = [(t[:1, :1, :, :2] if t.ndim == 4 else t[:1, :1]).detach().requires_grad_() for t in inputs(draw, 4)]
+    assert torch.autograd.gradgradcheck(lambda *x: gated_delta_rule(*x, chunk_size=2)[0], x)

@@ -85,3 +85,10 @@ def test_wrong_shape_says_what_was_expected(draw):
         linear_attention(q, k, v, g[:, :, :3])
     with pytest.raises(ShapeError, match="value must be"):
         linear_attention(q, k, v[:, :1], g)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_second_derivatives_are_those_of_the_loop(draw, decay):
+    x = [t[:1, :1, :, :2].detach().requires_grad_() if t.ndim == 4 else t[:1, :1] for t in inputs(draw, 4, decay)]
+    x = [t.detach().requires_grad_() for t in x]
+    assert torch.autograd.gradgradcheck(lambda *x: linear_attention(*x, chunk_size=2)[0], x)
