@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -60.0
@@ -24,14 +23,6 @@ def floored(log_decay: Tensor) -> Tensor:
 def recurrent_dtype(x: Tensor) -> torch.dtype:
     """What recurrent tensors are kept in: float32, or float64 for float64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def chunks(x: Tensor, size: int) -> Tensor:
-    """[B, H, T, ...] cut into [B, H, n, size, ...]; the last chunk is filled up with zeros."""
-    missing = -x.shape[2] % size
-    if missing:
-        x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
-    return x.unflatten(2, (-1, size))
 
 
 def cumulative(log_decay: Tensor, dim: int) -> Tensor:
