@@ -73,7 +73,7 @@ def test_without_learning_only_the_position_moves(model: CountingModel):
     frozen = model.observe(TEXT[::-1], opinions(len(TEXT)), learn=False)
     after = model.state_dict()
     changed = {k for k in before if not np.array_equal(before[k], after[k])}
-    assert changed == {"position.now", "position.ring", "position.places"}
+    assert changed == {"position.now", "position.ring", "position.places", "position.style"}
     model.set_position(position)
     assert same(model.state_dict(), before)
     assert np.array_equal(model.observe(TEXT[::-1], opinions(len(TEXT)), learn=False), frozen)

@@ -28,11 +28,17 @@ SETS = 7  # gate sets of the first layer
 ROWS = np.array([0, 256, 512, 768, 1280, 2304, 2560, 2816], np.int64)  # first row of each set, then their number
 APM_STEPS = 33
 RUNS = 16
+MATCHES = 2 * 32 * 8 * 2
 
 # what the position keeps, by index
 SEEN, AGE, C4, C8, WORD0, WORD1, WORD2, LINE, ABOVE, INDENT, FIRST = range(11)
 POINTER, LENGTH = 11, 12  # of the long match; those of the short one are two further on
+DOMAIN = 15
 POSITION = 16
+
+KINDS = 64  # of bytes, for the style of a text: the share of each kind among its recent bytes
+STYLE_EVERY, STYLE_SPAN = 16, 512
+NEW_STYLE = 0.55  # sum of absolute differences, 0 to 2
 
 WRITE, GATE_STEPS = 0, 1
 
@@ -53,7 +59,8 @@ class Tables(NamedTuple):
     history_n: NDArray[np.uint16]
     run_p: NDArray[np.float32]
     direct: NDArray[np.uint16]
-    zero_p: NDArray[np.float32]
+    styles: NDArray[np.float32]
+    styles_n: NDArray[np.int64]
     match_p: NDArray[np.float32]
     after1: NDArray[np.int64]
     after2: NDArray[np.int64]
@@ -70,6 +77,7 @@ class Position(NamedTuple):
     now: NDArray[np.int64]
     ring: NDArray[np.uint8]
     places: NDArray[np.int32]
+    style: NDArray[np.float32]
 
 
 class Scratch(NamedTuple):
@@ -224,6 +232,8 @@ def _nudge(weights, row, x, step):
 def _predict(t, q, s, c0, bit, neural):
     """Probability that the next bit is one; `c0` is a one followed by the bits of this byte so far."""
     x = s.x
+    domain = q.now[DOMAIN]
+    maps, runs, matches = domain * N * 256, domain * N * RUNS * 4, domain * MATCHES
     nb = bit & 3
     node = c0 if bit < 4 else (c0 & ((1 << nb) - 1)) | (1 << nb)
     for i in range(N):
@@ -234,13 +244,13 @@ def _predict(t, q, s, c0, bit, neural):
             x[j] = 0
             x[j + 1] = 0
         else:
-            p = t.history_p[i * 256 + state]
+            p = t.history_p[maps + i * 256 + state]
             x[j] = _st(s, p)
             x[j + 1] = (p - 0.5) * 3.0
         run = np.int64(t.slots[base])
         x[j + 2] = 0
         if run >= 16 and ((run & 15) | 16) >> (4 - nb) == node:
-            z = _st(s, t.run_p[(i * RUNS + (run >> 4)) * 4 + nb])
+            z = _st(s, t.run_p[runs + (i * RUNS + (run >> 4)) * 4 + nb])
             x[j + 2] = z if (run >> (3 - nb)) & 1 else -z
     for j in range(D):
         v = np.int64(t.direct[s.direct_at[j] + node])
@@ -260,7 +270,7 @@ def _predict(t, q, s, c0, bit, neural):
             expected = np.int64(q.ring[now[POINTER + 2 * k] & (q.ring.size - 1)]) | 256
             if expected >> (8 - bit) == c0:
                 y = (expected >> (7 - bit)) & 1
-                at = ((k * 32 + s.at[8 + k]) * 8 + bit) * 2 + y
+                at = matches + ((k * 32 + s.at[8 + k]) * 8 + bit) * 2 + y
                 s.at[k] = at
                 p = t.match_p[at]
                 x[MATCH + 2 * k] = _st(s, p)
@@ -287,10 +297,11 @@ def _predict(t, q, s, c0, bit, neural):
     row[5] = ROWS[5] + s.at[13] * 16 + bit * 2 + (1 if live else 0)
     row[6] = ROWS[6] + confident * 16 + bit
     for k in range(SETS):
+        row[k] += domain * ROWS[SETS]
         z = min(max(float(_dot(t.gate1, row[k], x)), -11.0), 11.0)
         s.p1[k] = _squash(z)
         s.x2[k] = z
-    at2 = c0
+    at2 = domain * 256 + c0
     s.at[2] = at2
     z = 0.0
     for k in range(SETS):
@@ -303,8 +314,8 @@ def _predict(t, q, s, c0, bit, neural):
     low = int(place)
     share = place - low
     half = t.apm.size // APM_STEPS // 2
-    a = ((s.at[11] * 256 + c0) & (half - 1)) * APM_STEPS + low
-    b = (half + (_hash(now[C4] & 0xFFFF, c0) & (half - 1))) * APM_STEPS + low
+    a = ((s.at[11] * 256 + c0 + domain * 40503) & (half - 1)) * APM_STEPS + low
+    b = (half + (_hash(now[C4] & 0xFFFF | domain << 16, c0) & (half - 1))) * APM_STEPS + low
     near = 1 if share >= 0.5 else 0
     s.at[3] = a + near
     s.at[4] = b + near
@@ -315,8 +326,9 @@ def _predict(t, q, s, c0, bit, neural):
 
 
 @njit(cache=True)
-def _learn(t, s, c0, bit, y):
+def _learn(t, q, s, c0, bit, y):
     """Count the bit that came."""
+    maps, runs = q.now[DOMAIN] * N * 256, q.now[DOMAIN] * N * RUNS * 4
     nb = bit & 3
     node = c0 if bit < 4 else (c0 & ((1 << nb) - 1)) | (1 << nb)
     for k in range(SETS):
@@ -336,15 +348,15 @@ def _learn(t, s, c0, bit, y):
         base = s.slot[i]
         state = np.int64(t.slots[base + node])
         if state:
-            j = i * 256 + state
+            j = maps + i * 256 + state
             n = t.history_n[j]
             t.history_p[j] += (y - t.history_p[j]) / (n + 1.5)
-            if n < 255:
+            if n < 1023:
                 t.history_n[j] = n + 1
         t.slots[base + node] = s.next_state[2 * state + y]
         run = np.int64(t.slots[base])
         if run >= 16 and ((run & 15) | 16) >> (4 - nb) == node:
-            j = (i * RUNS + (run >> 4)) * 4 + nb
+            j = runs + (i * RUNS + (run >> 4)) * 4 + nb
             right = 1.0 if (run >> (3 - nb)) & 1 == y else 0.0
             t.run_p[j] += (right - t.run_p[j]) * 0.01
     for j in range(D):
@@ -352,7 +364,7 @@ def _learn(t, s, c0, bit, y):
         v = np.int64(t.direct[at])
         n = v & 15
         p = v >> 4
-        p += int((y * 4095 - p) * (1.0 / (n + 1.5) if n < 15 else 0.03))
+        p += int((y * 4095 - p) * (1.0 / (n + 1.5) if n < 15 else 0.015))
         t.direct[at] = np.uint16((p << 4) | min(n + 1, 15))
     for k in range(2):
         at = s.at[k]
@@ -434,6 +446,65 @@ def _advance(q, byte):
 
 
 @njit(cache=True)
+def _copy_part(table, to, source, size):
+    table[to * size : (to + 1) * size] = table[source * size : (source + 1) * size]
+
+
+@njit(cache=True)
+def _copy_counts(counts, to, source, size, share):
+    # what is copied is a first guess: a smaller count lets it move quickly again
+    for j in range(size):
+        counts[to * size + j] = counts[source * size + j] // share
+
+
+@njit(cache=True)
+def _place_in_domain(t, q, byte, learn):
+    """Choose the gates by the style of the recent bytes, so that what one domain taught them waits for its return.
+
+    Styles are found as they come: one unlike all that are known opens a domain, whose gates begin as a copy of the
+    last one's (leader clustering).
+    """
+    now = q.now
+    fade = np.float32(1 - 1 / STYLE_SPAN)
+    for j in range(KINDS):
+        q.style[j] *= fade
+    q.style[byte >> 2] += np.float32(1)
+    if now[AGE] % STYLE_EVERY:
+        return
+    mass = np.float32(0)
+    for j in range(KINDS):
+        mass += q.style[j]
+    known = t.styles_n[0]
+    best, least = now[DOMAIN], 3.0
+    for d in range(known):
+        far = 0.0
+        for j in range(KINDS):
+            far += abs(q.style[j] / mass - t.styles[d, j])
+        if d != now[DOMAIN]:
+            far += 0.05  # stay where it is a close call
+        if far < least:
+            best, least = d, far
+    if learn and now[AGE] >= STYLE_SPAN and least > NEW_STYLE and known < t.styles.shape[0]:
+        best = known
+        t.styles_n[0] += 1
+        t.styles[best] = q.style / mass
+        if known > 0:
+            last = now[DOMAIN]
+            _copy_part(t.gate1, best, last, ROWS[SETS])
+            _copy_part(t.gate2, best, last, 256)
+            _copy_part(t.history_p, best, last, N * 256)
+            _copy_part(t.run_p, best, last, N * RUNS * 4)
+            _copy_part(t.match_p, best, last, MATCHES)
+            _copy_counts(t.gate1_n, best, last, ROWS[SETS], 4)
+            _copy_counts(t.gate2_n, best, last, 256, 4)
+            _copy_counts(t.history_n, best, last, N * 256, 8)
+    now[DOMAIN] = best
+    if learn and known > 0:
+        for j in range(KINDS):
+            t.styles[best, j] += np.float32(0.01) * (q.style[j] / mass - t.styles[best, j])
+
+
+@njit(cache=True)
 def _plant(s, logprobs):
     """Partial sums of a byte distribution over the tree of its bits."""
     for b in range(256):
@@ -463,7 +534,7 @@ def observe(t, q, s, data, logprobs, neural, learn, cost):
             y = (byte >> (7 - bit)) & 1
             total -= math.log2(p if y else 1 - p)
             if learn:
-                _learn(t, s, c0, bit, y)
+                _learn(t, q, s, c0, bit, y)
             c0 = 2 * c0 + y
         cost[i] = total
         if learn:
@@ -472,6 +543,7 @@ def observe(t, q, s, data, logprobs, neural, learn, cost):
             t.after1[c4 & 0xFF] = (t.after1[c4 & 0xFF] << 8 | byte) & 0xFFFFFFFF
             t.after2[c4 & 0xFFFF] = (t.after2[c4 & 0xFFFF] << 8 | byte) & 0xFFFFFFFF
         _advance(q, byte)
+        _place_in_domain(t, q, byte, learn)
 
 
 @njit(cache=True)

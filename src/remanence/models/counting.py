@@ -102,7 +102,8 @@ class CountingModel:
             f=np.zeros(4, np.float64),
         )
         steps = (np.arange(k.APM_STEPS) - 16) / 2
-        gate1 = np.zeros((int(k.ROWS[-1]), k.INPUTS), np.float32)
+        domains = 8 if size > SIZES["small"] else 3
+        gate1 = np.zeros((domains * int(k.ROWS[-1]), k.INPUTS), np.float32)
         gate1[:, 0 : k.N * k.PER : k.PER] = 0.15
         gate1[:, k.MATCH] = 0.25
         gate1[:, k.NEURAL] = 0.3
@@ -111,24 +112,26 @@ class CountingModel:
         self._tables = k.Tables(
             check=np.zeros(1 << size, np.uint16),
             slots=np.zeros((1 << size) * 16 + 16, np.uint8),
-            history_p=np.tile(guess, k.N),
-            history_n=np.zeros(k.N * 256, np.uint16),
-            run_p=np.full(k.N * k.RUNS * 4, 0.7, np.float32),
+            history_p=np.tile(guess, domains * k.N),
+            history_n=np.zeros(domains * k.N * 256, np.uint16),
+            run_p=np.full(domains * k.N * k.RUNS * 4, 0.7, np.float32),
             direct=np.full(k.D << direct_bits, 0x8000, np.uint16),
-            zero_p=np.zeros(1, np.float32),
-            match_p=match.reshape(-1),
+            styles=np.zeros((domains, k.KINDS), np.float32),
+            styles_n=np.zeros(1, np.int64),
+            match_p=np.tile(match.reshape(-1), domains),
             after1=np.zeros(256, np.int64),
             after2=np.zeros(65536, np.int64),
             gate1=gate1,
             gate1_n=np.zeros(gate1.shape[0], np.int64),
-            gate2=np.full((256, k.SETS), 1 / k.SETS, np.float32),
-            gate2_n=np.zeros(256, np.int64),
+            gate2=np.full((domains * 256, k.SETS), 1 / k.SETS, np.float32),
+            gate2_n=np.zeros(domains * 256, np.int64),
             apm=np.tile(1 / (1 + np.exp(-steps)), 2 << min(size, 16)).astype(np.float32),
         )
         self._position = k.Position(
             now=np.zeros(k.POSITION, np.int64),
             ring=np.zeros(1 << min(size, 22), np.uint8),
             places=np.zeros(2 << min(size - 2, 19), np.int32),
+            style=np.zeros(k.KINDS, np.float32),
         )
         self.reset_position()
 
@@ -205,6 +208,7 @@ class CountingModel:
         now, k = self._position.now, self._kernels
         seen = now[k.SEEN]
         now[:] = 0
+        self._position.style[:] = 0
         now[k.SEEN] = now[k.LINE] = seen
         now[k.ABOVE] = -1
 
