@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import os
 import platform
@@ -22,7 +22,7 @@ import torch
 
 from remanence import __version__, continual
 from remanence.catalogue import cards
-from remanence.errors import CheckpointError, RemanenceError, unknown
+from remanence.errors import CheckpointError, RemanenceError, StreamError, unknown
 from remanence.evaluation.metrics import Retention, xz_bits_per_byte
 from remanence.learning import Learner, checkpoint
 from remanence.models.counting import CountingModel
@@ -99,6 +99,7 @@ class Progress:
     retention: dict[str, Any] = field(default_factory=dict)
     recent_bits: float = 0.0
     recent_bytes: int = 0
+    lines: int = 0
     finished: bool = False
 
 
@@ -179,19 +180,21 @@ def learn(
     settings.check()
     if resume:
         _check_same(directory, settings, opened.fingerprint())
-    with _threads(1):
-        run = Run.open(directory) if resume else Run.create(directory, settings, opened.fingerprint())
-        if not run.progress.finished:
-            try:
+    try:
+        with _threads(1):
+            run = Run.open(directory) if resume else Run.create(directory, settings, opened.fingerprint())
+            if not run.progress.finished:
                 _follow(run, opened, checkpoint_seconds, on_progress)
-            except OSError as error:
-                raise RemanenceError(
-                    f"The run could not be written to {directory} ({error}); its last checkpoint is intact."
-                ) from None
-        summary = _finish(run, opened)
-    from remanence.evaluation.report import write_report  # plotting takes memory that learning need not pay for
+            summary = _finish(run, opened)
+        from remanence.evaluation.report import write_report  # plotting takes memory that learning need not pay for
 
-    write_report(directory)
+        write_report(directory)
+    except BrokenPipeError:
+        raise  # whoever reads the progress went away: no fault of the directory's
+    except OSError as error:
+        raise RemanenceError(
+            f"{directory} cannot be written to ({error.strerror or error}); a checkpoint that was there is intact."
+        ) from None
     return summary
 
 
@@ -221,7 +224,7 @@ def _follow(
     saved = time.monotonic()
     since = time.monotonic()
     metrics_path = run.directory / "metrics.jsonl"
-    _truncate_metrics(metrics_path, progress.position)
+    _truncate_metrics(metrics_path, progress.lines)
 
     def line(domain: str) -> dict[str, Any]:
         rss = process.memory_info().rss
@@ -256,12 +259,13 @@ def _follow(
                 entry["retention"] = probe()
             metrics.write(json.dumps(entry) + "\n")
             metrics.flush()
+            progress.lines += 1
+            progress.recent_bits, progress.recent_bytes, since = 0.0, 0, time.monotonic()
             if on_progress:
                 on_progress(entry)
-            progress.recent_bits, progress.recent_bytes, since = 0.0, 0, time.monotonic()
 
         try:
-            for piece, domain in _segments(source, progress.position, segment):
+            for piece, domain in stop.while_waiting(_segments(source, progress.position, segment)):
                 if progress.position >= limit:
                     break
                 piece = piece[: limit - progress.position]
@@ -284,13 +288,14 @@ def _follow(
                 if crossed and time.monotonic() - saved >= checkpoint_seconds:
                     run.save()
                     saved = time.monotonic()
-                if stop.is_set():
+                if stop.requested:
                     raise KeyboardInterrupt
             if progress.position == 0:
                 raise RemanenceError(f"{source.name} is empty: there is nothing to learn from.")
             _end_domain(run, emit)
-        except (KeyboardInterrupt, RemanenceError) as stopped:
-            if progress.position and not isinstance(stopped, CheckpointError):
+        except (KeyboardInterrupt, StreamError):
+            # both come between two segments; after any other fault the learner may be inside one, and is not saved
+            if progress.position:
                 run.save()
             raise
         progress.finished = True
@@ -370,10 +375,13 @@ def _xz(source: Source, position: int, most: int = 1 << 24) -> float | None:
     if source.total is None or position > most:
         return None
     data = bytearray()
-    for segment in source.read(0):
-        data += segment.data
-        if len(data) >= position:
-            break
+    try:
+        for segment in source.read(0):
+            data += segment.data
+            if len(data) >= position:
+                break
+    except StreamError:
+        return None
     return xz_bits_per_byte(bytes(data[:position]))
 
 
@@ -409,19 +417,12 @@ def _metrics(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def _truncate_metrics(path: Path, position: int) -> None:
+def _truncate_metrics(path: Path, lines: int) -> None:
     """Drop the lines written after the checkpoint that the run resumes from, a torn last one included."""
     if not path.exists():
         return
-    kept = []
     with open(path, encoding="utf-8") as f:
-        for text in f:
-            try:
-                if json.loads(text)["bytes"] > position:
-                    break
-            except ValueError:
-                break
-            kept.append(text)
+        kept = list(itertools.islice(f, lines))
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
@@ -447,20 +448,39 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class _Stop:
+    """Whether Ctrl-C or SIGTERM asked the run to stop: it does so between two segments, never inside one."""
+
+    def __init__(self) -> None:
+        self.requested = self.waiting = False
+
+    def __call__(self, *_: Any) -> None:
+        self.requested = True
+        if self.waiting:
+            raise KeyboardInterrupt
+
+    def while_waiting(self, items: Iterator[tuple[bytes, str]]) -> Iterator[tuple[bytes, str]]:
+        """The items; a request that comes while the next one is awaited need not wait for it: a pipe may be silent."""
+        while True:
+            self.waiting = True
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.waiting = False
+            yield item
+
+
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event set by Ctrl-C or SIGTERM, so that a run stops between two segments, never inside one."""
-    stop = threading.Event()
+def _stop_requests() -> Iterator[_Stop]:
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers = {s: signal.signal(s, functools.partial(_request, stop)) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _request(stop: threading.Event, *_: Any) -> None:
-    stop.set()

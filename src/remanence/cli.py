@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -68,11 +70,17 @@ def learn(
             summary = run(lambda entry: typer.echo(json.dumps(entry)))
             typer.echo(json.dumps(summary))
             return
-        progress_console.print(f"learning from [bold]{source}[/] into [bold]{out}[/]", highlight=False)
+        said = f"learning from [bold]{escape(source)}[/] into [bold]{escape(str(out))}[/]"
+        progress_console.print(said, highlight=False)
         with Live(_status({}), console=progress_console, refresh_per_second=4, transient=True) as live:
             summary = run(lambda entry: live.update(_status(entry)))
     except KeyboardInterrupt:
-        again = f"remanence learn {source} --out {out} --resume"
+        if not (out / "run.json").exists():
+            raise Interrupted("Stopped before anything was read.") from None
+        options = {"memory": memory, "bytes": bytes, "seed": seed, "strategy": strategy, "size": size}
+        usual = {"memory": "default", "bytes": None, "seed": 0, "strategy": "replay", "size": "default"}
+        given = [word for name, value in options.items() if value != usual[name] for word in (f"--{name}", str(value))]
+        again = shlex.join(["remanence", "learn", source, "--out", str(out), *given, "--resume"])
         raise Interrupted(f"Stopped and saved. To go on: {again}") from None
     _show_summary(summary, out)
 
@@ -292,7 +300,7 @@ def _status(entry: dict[str, Any]) -> Table:
         out.add_row("warming up (the first run compiles for some seconds) …")
         return out
     total = f" of {_size(entry['total'])} ({entry['bytes'] / entry['total']:.0%})" if entry["total"] else ""
-    out.add_row("position", f"{_size(entry['bytes'])}{total}", "domain", entry["domain"])
+    out.add_row("position", f"{_size(entry['bytes'])}{total}", "domain", escape(entry["domain"]))
     out.add_row(
         "bits per byte",
         f"[bold]{entry['bits_per_byte_now']:.3f}[/] now, {entry['bits_per_byte']:.3f} so far",
@@ -309,7 +317,7 @@ def _status(entry: dict[str, Any]) -> Table:
 
 
 def _show_summary(summary: dict[str, Any], out: Path) -> None:
-    table = Table(show_header=False, title=f"{summary['source']}, read once")
+    table = Table(show_header=False, title=f"{escape(summary['source'])}, read once")
     table.add_row("read", f"{summary['bytes']:,} bytes in {summary['seconds']:.0f} s")
     table.add_row("speed", f"{summary['bytes_per_second'] / 1000:.1f} kB/s")
     beside = f"   (xz -9e: {summary['xz_bits_per_byte']:.3f})" if summary["xz_bits_per_byte"] else ""
@@ -322,7 +330,7 @@ def _show_summary(summary: dict[str, Any], out: Path) -> None:
     if summary["retention"]:
         kept = Table("domain", "when it ended", "at the end", "worst since", title="held-back text, bits per byte")
         for domain, r in summary["retention"].items():
-            kept.add_row(domain, *(_bits(r[n]) for n in ("when_ended", "at_end", "worst_since")))
+            kept.add_row(escape(domain), *(_bits(r[n]) for n in ("when_ended", "at_end", "worst_since")))
         console.print(kept)
     for sample in summary["samples"]:
         console.print(Text(f"\n… continuing {sample['domain']}", style="bold"))

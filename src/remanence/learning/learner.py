@@ -21,6 +21,11 @@ from remanence.models.counting import CountingModel
 from remanence.optim.adamw import AdamW
 from remanence.state import State, concat, detach, fork, nbytes
 
+OFFERED = frozenset({"task_id_train", "boundaries"})
+"""What a stream can meet of `Strategy.needs`: domains have names, and their ends are told."""
+
+STATE = {"model", "optimizer", "strategies", "guards", "counts", "state", "last", "step", "generator"}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -48,6 +53,8 @@ class Learner:
         clip: the gradient's norm is cut to this.
         learning: False reads with frozen weights: only states move.
 
+    Raises: `RemanenceError` for a strategy that needs what a stream cannot give.
+
     A network that is small learns a segment while the counts read it: both use the forecast made before.
     """
 
@@ -64,6 +71,12 @@ class Learner:
     ):
         self.model, self.counts, self.clip, self.learning = model, counts, clip, learning
         self.strategies = Strategies(strategies)
+        if unmet := self.strategies.needs - OFFERED:
+            wanting = next(s for s in self.strategies.members if s.needs & unmet)
+            raise RemanenceError(
+                f"{type(wanting).__name__} needs {', '.join(sorted(wanting.needs & unmet))}, "
+                f"but a stream offers only {', '.join(sorted(OFFERED))}."
+            )
         self.strategies.attach(model)
         self.optimizer = optimizer or AdamW(model.parameters())
         self.schedule = schedule
@@ -178,6 +191,7 @@ class Learner:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategies": self.strategies.state_dict(),
+            "guards": self._guards,
             "counts": self.counts.state_dict() if self.counts else None,
             "state": self.state,
             "last": self.last,
@@ -190,6 +204,8 @@ class Learner:
 
         Raises: `CheckpointError` that names the missing or extra tensors.
         """
+        if missing := STATE - tree.keys():
+            raise CheckpointError(f"The checkpoint is not one of a learner: it has no {sorted(missing)[0]!r}.")
         want, got = self.model.state_dict(), tree["model"]
         if want.keys() != got.keys() or any(want[n].shape != got[n].shape for n in want):
             odd = sorted(want.keys() ^ got.keys()) or [n for n in want if want[n].shape != got[n].shape]
@@ -198,6 +214,9 @@ class Learner:
             )
         if (tree["counts"] is None) != (self.counts is None):
             raise CheckpointError("The checkpoint and the learner differ in whether they count.")
+        if tree["guards"] != self._guards:
+            before, now = (", ".join(names) or "no strategy" for names in (tree["guards"], self._guards))
+            raise CheckpointError(f"The checkpoint was written with {before}, but this learner has {now}.")
         if self.counts:
             self.counts.load_state_dict(tree["counts"])
         self.model.load_state_dict(got)
@@ -216,7 +235,11 @@ class Learner:
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint that a learner of the same make saved."""
-        self.load_state_dict(checkpoint.read(Path(path))["learner"])
+        self.load_state_dict(checkpoint.read(Path(path)).get("learner", {}))
+
+    @property
+    def _guards(self) -> list[str]:
+        return [type(s).__name__ for s in self.strategies.members]
 
     def _beginning(self, rows: int) -> Tensor:
         return torch.full((rows, 1), int(self.model.vocabulary), dtype=torch.long)  # type: ignore[arg-type]
