@@ -32,10 +32,11 @@ from remanence.streams import Source, open_source
 
 CHECKPOINT = "checkpoint.safetensors"
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "default": {"dim": 192, "counts": "default", "segment": 64},
+    "default": {"dim": 128, "counts": "default", "segment": 64},
     "small": {"dim": 32, "counts": "small", "segment": 256},
 }
-DEFAULT_PATTERN = "2*gated-deltanet"
+DEFAULT_PATTERN = "gated-deltanet"
+PROBE_BYTES, PROBE_DOMAINS = 4096, 12  # how much held-back text the retention curve reads
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,8 @@ class Settings:
 
     @property
     def pattern(self) -> str:
-        """The stack that `memory` stands for: a name alone makes two layers of it."""
-        if self.memory == "default":
-            return DEFAULT_PATTERN
-        return f"2*{self.memory}" if self.memory.replace("-", "").isalnum() else self.memory
+        """The stack that `memory` stands for: a name alone is one layer of it."""
+        return DEFAULT_PATTERN if self.memory == "default" else self.memory
 
     @property
     def strategies(self) -> list[str]:
@@ -78,7 +77,7 @@ class Settings:
         """A new learner, the same one for the same settings."""
         size = SIZES[self.size]
         torch.manual_seed(self.seed)
-        model = LanguageModel(self.pattern, dim=size["dim"])
+        model = LanguageModel(self.pattern, dim=size["dim"], ngrams=())
         return Learner(
             model,
             strategies=[continual.make(name) for name in self.strategies],
@@ -213,7 +212,7 @@ def _follow(
     run: Run, source: Source, checkpoint_seconds: float, on_progress: Callable[[dict[str, Any]], None] | None
 ) -> None:
     progress, learner = run.progress, run.learner
-    held = source.held_back()
+    held = {name: text[:PROBE_BYTES] for name, text in list(source.held_back().items())[:PROBE_DOMAINS]}
     segment = SIZES[run.settings.size]["segment"]
     limit = run.settings.bytes or (1 << 62)
     total = min(source.total, limit) if source.total else None
@@ -341,7 +340,7 @@ def _finish(run: Run, source: Source) -> dict[str, Any]:
         "state_bytes": learner.state_bytes,
         "kept_bytes": learner.kept_bytes,
         "parameters": learner.parameters,
-        "retention": run.retention.summary(),
+        "retention": {d: r for d, r in run.retention.summary().items() if r["at_end"] is not None},
         "domains": progress.domains,
         "retention_curve": [
             {"bytes": entry["bytes"], "scores": entry["retention"]}

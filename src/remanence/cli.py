@@ -71,7 +71,7 @@ def learn(
             typer.echo(json.dumps(summary))
             return
         said = f"learning from [bold]{escape(source)}[/] into [bold]{escape(str(out))}[/]"
-        progress_console.print(said, highlight=False)
+        progress_console.print(said, highlight=False, soft_wrap=True)
         with Live(_status({}), console=progress_console, refresh_per_second=4, transient=True) as live:
             summary = run(lambda entry: live.update(_status(entry)))
     except KeyboardInterrupt:
@@ -99,14 +99,14 @@ def watch(
 
     def lines() -> Iterator[bytes]:
         if source == "-":
-            yield from sys.stdin.buffer
+            yield from watching.read_lines(sys.stdin.buffer)
             return
         path = Path(source)
         if not path.is_file():
             close = nearest(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else None
             raise RemanenceError(f"There is no file {source}" + (f"; did you mean {close!r}?" if close else "."))
         with open(path, "rb") as f:
-            yield from f
+            yield from watching.read_lines(f)
 
     found = watching.watch(lines())
     if top is not None:
