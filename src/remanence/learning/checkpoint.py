@@ -6,17 +6,26 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from remanence.errors import CheckpointError
 
 FORMAT = "remanence-checkpoint-1"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
@@ -27,10 +36,10 @@ def pack(tree: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
         return [pack(v, tensors, f"{prefix}/{i}") for i, v in enumerate(tree)]
     if isinstance(tree, np.ndarray):
         # numpy has unsigned types that many torch functions lack, but safetensors carries them bit by bit
-        tensors[prefix] = torch.from_numpy(np.ascontiguousarray(tree).view(np.uint8).reshape(-1).copy())
+        tensors[prefix] = torch.from_numpy(np.ascontiguousarray(tree).reshape(-1).view(np.uint8))
         return {"$array": prefix, "dtype": tree.dtype.str, "shape": list(tree.shape)}
     if isinstance(tree, Tensor):
-        tensors[prefix] = tree.detach().contiguous().clone()
+        tensors[prefix] = tree.detach().contiguous()
         return {"$tensor": prefix}
     return tree
 
@@ -45,7 +54,7 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[tree["$tensor"]]
     if "$array" in tree:
         raw = tensors[tree["$array"]].numpy()
-        return raw.view(np.dtype(tree["dtype"])).reshape(tree["shape"]).copy()
+        return raw.view(np.dtype(tree["dtype"])).reshape(tree["shape"])
     return {k: unpack(v, tensors) for k, v in tree.items()}
 
 
@@ -59,8 +68,9 @@ def write(path: Path, tree: Any) -> None:
     header = json.dumps(pack(tree, tensors))
     temporary = path.with_name(f"{path.name}.part")
     try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "tree": header})
-        with open(temporary, "rb+") as f:
+        with open(temporary, "wb") as f:
+            _write_safetensors(f, tensors, {"format": FORMAT, "tree": header})
+            f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
@@ -68,10 +78,24 @@ def write(path: Path, tree: Any) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         kept = "the one before it is intact" if path.exists() else "none was written before"
         raise CheckpointError(f"The checkpoint {path} could not be written ({error}); {kept}.") from None
+
+
+def _write_safetensors(f: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """The safetensors format, one tensor at a time: the library's own writer holds a second copy of everything."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    f.write(len(header).to_bytes(8, "little") + header)
+    for t in tensors.values():
+        f.write(t.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read(path: Path) -> Any:

@@ -45,7 +45,7 @@ class Learner:
     Args:
         model: `model(inputs, state) -> (logits, state)` with `initial_state` for sequence models
             (`LanguageModel`), or any classifier `model(inputs) -> logits`.
-        optimizer: over the model's parameters; `AdamW` at 2e-3 by default.
+        optimizer: over the model's parameters; `AdamW` by default.
         strategies: what guards against forgetting, in order.
         counts: a `CountingModel` that learns beside the network (one row of bytes only). It takes the
             network's prediction in and mixes it with its own; its prediction is then the one that is scored.
@@ -186,13 +186,16 @@ class Learner:
         return sum(p.numel() for p in self.model.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the future depends on, as nested dicts of tensors, arrays and plain values."""
+        """Everything that the future depends on, as nested dicts of tensors, arrays and plain values.
+
+        As with PyTorch's modules these are the live tensors, not copies.
+        """
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategies": self.strategies.state_dict(),
             "guards": self._guards,
-            "counts": self.counts.state_dict() if self.counts else None,
+            "counts": self.counts.arrays() if self.counts else None,
             "state": self.state,
             "last": self.last,
             "step": self.step,

@@ -214,13 +214,14 @@ class CountingModel:
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """A copy of everything, by name: a model of the same size that loads it goes on bit for bit the same."""
-        return {name: array.copy() for name, array in self._both().items()}
+        return {name: array.copy() for name, array in self.arrays().items()}
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
         """Take over what `state_dict` gave. Raises: `StateError`, leaving all as it was, when it does not fit."""
-        _restore("state", self._both(), state)
+        _restore("state", self.arrays(), state)
 
-    def _both(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What `state_dict` copies: the live arrays by name."""
         return {f"tables.{n}": a for n, a in self._tables._asdict().items()} | {
             f"position.{n}": a for n, a in self._position._asdict().items()
         }

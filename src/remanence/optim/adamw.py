@@ -27,7 +27,7 @@ class AdamW:
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        lr: float = 2e-3,
+        lr: float = 3e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
