@@ -244,7 +244,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(file, tmp_path, monkeypatch, wher
     def save(run):
         seen.append(run.progress.position)
         if where == "checkpoint" and len(seen) == 2:
-            monkeypatch.setattr("remanence.learning.checkpoint.save_file", full)
+            monkeypatch.setattr("remanence.learning.checkpoint._write_safetensors", full)
         real(run)
         if where == "metrics" and len(seen) == 1:
             monkeypatch.setattr("json.dumps", full)
