@@ -217,7 +217,7 @@ def _follow(
     limit = run.settings.bytes or (1 << 62)
     total = min(source.total, limit) if source.total else None
     interval = 8192
-    probe_every = max(32768, min(total or 1 << 20, 1 << 24) // 16 // segment * segment)
+    probe_every = max(4, min(total or 1 << 20, 1 << 24) // 16 // interval) * interval
     process = psutil.Process()
     began = time.monotonic() - progress.seconds
     saved = time.monotonic()
