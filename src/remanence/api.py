@@ -25,7 +25,7 @@ from remanence.catalogue import cards
 from remanence.errors import CheckpointError, RemanenceError, StreamError, unknown
 from remanence.evaluation.metrics import Retention, xz_bits_per_byte
 from remanence.learning import Learner, checkpoint
-from remanence.models.counting import CountingModel
+from remanence.models.counting import CountingModel, compile_apart
 from remanence.models.language import LanguageModel, parse_pattern
 from remanence.optim.schedules import EndlessSchedule
 from remanence.streams import Source, open_source
@@ -180,6 +180,7 @@ def learn(
     if resume:
         _check_same(directory, settings, opened.fingerprint())
     try:
+        compile_apart()
         with _threads(1):
             run = Run.open(directory) if resume else Run.create(directory, settings, opened.fingerprint())
             if not run.progress.finished:

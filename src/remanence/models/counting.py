@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,20 @@ def bit_histories() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.fl
         weight[i] = n0 + n1
         guess[i] = (n1 + 0.4) / (n0 + n1 + 0.8)
     return follow.reshape(-1), weight, guess
+
+
+def compile_apart() -> None:
+    """Compile the kernels in another process, where they were not compiled before.
+
+    The compiler's memory, some 150 MB, would otherwise stay with a process that runs for ever.
+    """
+    from remanence.models import _counting_kernels as kernels
+
+    source = Path(kernels.__file__)
+    compiled = Path(kernels.observe.stats.cache_path or source.parent).glob(f"{source.stem}.observe-*.nbi")
+    if not any(index.stat().st_mtime >= source.stat().st_mtime for index in compiled):
+        code = f"from {__name__} import CountingModel as C; m = C(size=10); m.observe(b'ab'); m.distribution()"
+        subprocess.run([sys.executable, "-c", code], check=False)
 
 
 class CountingModel:
