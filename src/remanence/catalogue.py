@@ -17,8 +17,21 @@ from typing import Any, TypeVar
 
 from remanence.errors import unknown
 
-ROOMS = ("memory", "continual", "optim", "models", "learning", "evaluation.benchmarks", "evaluation.proofs")
-"""The packages whose members carry cards and proofs; `load` imports them all."""
+ROOMS = (
+    "ops",
+    "memory",
+    "continual",
+    "optim",
+    "models",
+    "learning",
+    "streams",
+    "evaluation.benchmarks",
+    "evaluation.diagnostics",
+    "evaluation.proofs",
+)
+"""The packages whose members carry cards and proofs."""
+HOMES = {"memory": ("memory",), "strategy": ("continual",)}
+"""Where all members of a kind live, so that finding one need not import the whole house."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,9 @@ def proof(id: str, claim: str) -> Callable[[T], T]:
 
 
 @functools.cache
-def load() -> None:
-    """Import every room, so that all cards and proofs are registered."""
-    for room in ROOMS:
+def load(rooms: tuple[str, ...] = ROOMS) -> None:
+    """Import rooms, so that their cards and proofs are registered."""
+    for room in rooms:
         package = importlib.import_module(f"remanence.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
@@ -140,7 +153,7 @@ def load() -> None:
 
 def cards(kind: str | None = None) -> Mapping[str, Card]:
     """All registered members, or those of one kind."""
-    load()
+    load(HOMES.get(kind, ROOMS) if kind else ROOMS)
     return {i: c for i, c in sorted(_cards.items()) if kind in (None, c.kind)}
 
 

@@ -19,13 +19,13 @@ from remanence.memory import (
     GatedDeltaNet,
     Griffin,
     LinearAttention,
-    LowerBounds,
     MinGRU,
     MinLSTM,
     RetNet,
     WindowAttention,
     make,
 )
+from remanence.memory.hgrn import LowerBounds
 from remanence.memory.min_lstm_gru import positive
 from remanence.memory.parts import DecayGate, ShortConv, l2_norm, merge, rotate, split
 from remanence.state import nbytes

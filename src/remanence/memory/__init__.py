@@ -1,40 +1,18 @@
-"""Layers that carry a state along a sequence, all behind one interface."""
+"""Layers that carry a state along a sequence, all behind one interface.
+
+Every memory of the package can be imported from here by the name of its class; the modules are read when one is
+asked for.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from remanence import catalogue
-from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory, ragged
-from remanence.memory.gated_deltanet import GatedDeltaNet
-from remanence.memory.gla import GLA
-from remanence.memory.griffin import Griffin
-from remanence.memory.hgrn import HGRN, LowerBounds
-from remanence.memory.linear_attention import LinearAttention
-from remanence.memory.min_lstm_gru import MinGRU, MinLSTM
-from remanence.memory.retnet import RetNet
-from remanence.memory.titans import Titans, TitansMAC, TitansMAG, TitansMAL
 
-__all__ = [
-    "GLA",
-    "HGRN",
-    "GatedDeltaNet",
-    "Griffin",
-    "LinearAttention",
-    "LowerBounds",
-    "Memory",
-    "MinGRU",
-    "MinLSTM",
-    "RetNet",
-    "Titans",
-    "TitansMAC",
-    "TitansMAG",
-    "TitansMAL",
-    "WindowAttention",
-    "make",
-    "ragged",
-]
+__all__ = ["Memory", "make", "ragged"]
 
 
 def make(name: str, dim: int, **arguments: Any) -> Memory:
@@ -46,3 +24,20 @@ def make(name: str, dim: int, **arguments: Any) -> Memory:
     16
     """
     return catalogue.find(name, "memory").make(dim, **arguments)
+
+
+def _classes() -> dict[str, type[Memory]]:
+    catalogue.load(("memory",))
+    rooms = [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]
+    found = {x for room in rooms for x in vars(room).values() if isinstance(x, type) and issubclass(x, Memory)}
+    return {x.__name__: x for x in found}
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and name in (classes := _classes()):
+        return classes[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_classes()})
