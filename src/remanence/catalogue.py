@@ -10,7 +10,7 @@ import csv
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -57,6 +57,8 @@ class Card:
     small: Mapping[str, Any] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
     covers: str = ""
+    parents: tuple[str, ...] = ()
+    change: str = ""
 
     @property
     def system(self) -> System:
@@ -102,6 +104,8 @@ def card(
     small: Mapping[str, Any] | None = None,
     exempt: Mapping[str, str] | None = None,
     covers: str = "",
+    parents: Sequence[str] = (),
+    change: str = "",
 ) -> Callable[[T], T]:
     """Register a member under its catalogue id.
 
@@ -112,6 +116,8 @@ def card(
         source: the paper (arXiv id or full reference).
         small: arguments with which the shared tests build a small member.
         exempt: law -> the reason why this member does not obey it.
+        parents: catalogue ids of what it was made from; `change` is the one thing done to them. Where a card names
+            none, `evaluation.diagnostics.family_tree` may.
     """
     if (covers or id) not in systems():
         raise unknown("system", covers or id, systems())
@@ -119,7 +125,7 @@ def card(
         raise ValueError(f"The card {id!r} is taken by {_cards[id].make.__qualname__}.")
 
     def register(make: T) -> T:
-        _cards[id] = Card(id, kind, says, make, source, small or {}, exempt or {}, covers)
+        _cards[id] = Card(id, kind, says, make, source, small or {}, exempt or {}, covers, tuple(parents), change)
         return make
 
     return register
