@@ -19,6 +19,8 @@ from remanence.errors import StateError
 
 State = dict[str, Any]
 """Keys are names, values tensors `[batch, ...]` or further states."""
+Form = dict[str, Any]
+"""Keys are names, values pairs (shape after the batch, kind) or further forms."""
 
 
 def tree_map(fn: Callable[..., Tensor], state: State, *others: State) -> State:
@@ -89,8 +91,37 @@ def concat(states: Iterable[State]) -> State:
     return tree_map(lambda *ts: torch.cat(ts), states[0], *states[1:])
 
 
+def kind(t: Tensor) -> str:
+    """What a tensor's numbers are, whatever their precision: floating, complex, integer or bool."""
+    if t.dtype == torch.bool:
+        return "bool"
+    return "floating" if t.is_floating_point() else "complex" if t.is_complex() else "integer"
+
+
+def form(state: State) -> Form:
+    """What stays the same for every batch and precision: per tensor its shape after the batch, and its kind."""
+    return {n: form(v) if isinstance(v, dict) else (v.shape[1:], kind(v)) for n, v in state.items()}
+
+
+def fits(state: State, like: Form, batch: int) -> bool:
+    """Whether a state has this form and so many rows."""
+    if state.keys() != like.keys():
+        return False
+    for name, want in like.items():
+        value = state[name]
+        if isinstance(want, dict):
+            if not isinstance(value, dict) or not fits(value, want, batch):
+                return False
+        elif isinstance(value, dict) or value.shape != (batch, *want[0]) or kind(value) != want[1]:
+            return False
+    return True
+
+
 def check_state(where: str, state: State, like: State) -> None:
-    """Raise `StateError` unless `state` has the names, shapes and dtypes of `like`."""
+    """Raise `StateError` unless `state` has the names, shapes and kinds (floating, integer, ...) of `like`.
+
+    Precision may differ: a state read in float64 goes on in float32.
+    """
     got, want = flatten(state), flatten(like)
     if missing := want.keys() - got.keys():
         raise StateError(f"{where}: this state belongs to another layer: it has no {sorted(missing)[0]!r}.")
@@ -102,6 +133,8 @@ def check_state(where: str, state: State, like: State) -> None:
                 f"{where}: state {path!r} must be {list(t.shape)}, got {list(got[path].shape)}: "
                 "it is of another width or batch."
             )
+        if kind(got[path]) != kind(t):
+            raise StateError(f"{where}: state {path!r} must be {kind(t)}, got {got[path].dtype}.")
 
 
 def save(state: State, path: str | Path) -> None:

@@ -14,6 +14,7 @@ from remanence.errors import CheckpointError, RemanenceError
 from remanence.learning import Learner, checkpoint
 from remanence.models.counting import CountingModel
 from remanence.models.language import LanguageModel
+from remanence.optim.adamw import AdamW
 from remanence.state import flatten
 
 SEGMENT = 16
@@ -220,6 +221,26 @@ def test_a_loss_that_is_not_finite_raises_and_leaves_the_weights(what):
     assert all(torch.equal(p, weights[n]) for n, p in one.model.named_parameters())
     assert all(torch.equal(t, moments[n]) for n, t in tensors(one.optimizer.state_dict()).items())
     assert one.step == 3
+
+
+@pytest.mark.parametrize("make", [AdamW, torch.optim.SGD])
+def test_an_optimizer_that_refuses_its_state_leaves_everything_as_it_was(make):
+    def fresh(many=False):
+        model = language()
+        groups = [{"params": [p]} for p in model.parameters()] if many else model.parameters()
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9) if make is torch.optim.SGD else AdamW([*groups])
+        return Learner(model, optimizer, [Replay(4096)], counts=CountingModel(size=10))
+
+    one, other = fresh(), fresh(many=make is torch.optim.SGD)
+    one.observe(pieces(1)[0])
+    other.observe(pieces(2)[0])
+    before, tree = tensors(one.state_dict()), copy.deepcopy(other.state_dict())
+    if make is AdamW:
+        tree["optimizer"]["lr"].append(1.0)
+    with pytest.raises(CheckpointError):
+        one.load_state_dict(tree)
+    after = tensors(one.state_dict())
+    assert not [name for name in before if not torch.equal(before[name], after[name])]
 
 
 def test_a_foreign_checkpoint_is_refused_and_nothing_changes(tmp_path):

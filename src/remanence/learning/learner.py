@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,20 @@ OFFERED = frozenset({"task_id_train", "boundaries"})
 """What a stream can meet of `Strategy.needs`: domains have names, and their ends are told."""
 
 STATE = {"model", "optimizer", "strategies", "guards", "counts", "state", "last", "step", "generator"}
+
+
+class Optimizer(Protocol):
+    """What the learner asks of an optimiser: PyTorch's have it, and those of `remanence.optim`."""
+
+    param_groups: list[dict[str, Any]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def step(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, tree: Any, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | AdamW | None = None,
+        optimizer: Optimizer | None = None,
         strategies: Iterable[Strategy] = (),
         *,
         counts: CountingModel | None = None,
@@ -78,7 +93,7 @@ class Learner:
                 f"but a stream offers only {', '.join(sorted(OFFERED))}."
             )
         self.strategies.attach(model)
-        self.optimizer = optimizer or AdamW(model.parameters())
+        self.optimizer: Optimizer = optimizer or AdamW(model.parameters())
         self.schedule = schedule
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.step = 0
@@ -220,15 +235,23 @@ class Learner:
         if tree["guards"] != self._guards:
             before, now = (", ".join(names) or "no strategy" for names in (tree["guards"], self._guards))
             raise CheckpointError(f"The checkpoint was written with {before}, but this learner has {now}.")
-        if self.counts:
-            self.counts.load_state_dict(tree["counts"])
-        self.model.load_state_dict(got)
         optimizer = dict(tree["optimizer"])
         if isinstance(self.optimizer, torch.optim.Optimizer):
             # its keys are numbers, which JSON made strings
             optimizer["state"] = {int(k): v for k, v in optimizer["state"].items()}
-        self.optimizer.load_state_dict(optimizer)
-        self.strategies.load_state_dict(tree["strategies"])
+        before_optimizer, before_strategies = deepcopy((self.optimizer.state_dict(), self.strategies.state_dict()))
+        try:
+            self.optimizer.load_state_dict(optimizer)
+            self.strategies.load_state_dict(tree["strategies"])
+            if self.counts:
+                self.counts.load_state_dict(tree["counts"])
+        except (RemanenceError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            self.optimizer.load_state_dict(before_optimizer)
+            self.strategies.load_state_dict(before_strategies)
+            if isinstance(error, RemanenceError):
+                raise
+            raise CheckpointError(f"The optimiser or a strategy cannot take over the checkpoint: {error}.") from None
+        self.model.load_state_dict(got)
         self.state, self.last, self.step = tree["state"], tree["last"], tree["step"]
         torch.set_rng_state(tree["generator"])
 

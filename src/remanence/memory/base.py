@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.errors import expect
-from remanence.state import State, check_state, concat, select
+from remanence.state import Form, State, check_state, concat, fits, form, select
 
 
 class Memory(nn.Module):
@@ -21,6 +21,7 @@ class Memory(nn.Module):
     """
 
     dim: int
+    _form: Form | None = None  # of the initial state: decoding need not build one for each token
 
     def initial_state(self, batch: int) -> State:
         """The state before anything was read: `batch` independent rows."""
@@ -33,7 +34,10 @@ class Memory(nn.Module):
         """Check `x` and the given state, and supply the initial one where none was given."""
         name = type(self).__name__
         expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
+        if state is not None and self._form is not None and fits(state, self._form, x.shape[0]):
+            return state
         fresh = self.initial_state(x.shape[0])
+        self._form = form(fresh)
         if state is None:
             return fresh
         check_state(name, state, fresh)
