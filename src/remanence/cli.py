@@ -179,11 +179,20 @@ def systems(
             entry = {"id": system.id, "title": system.title, "year": system.year, "family": system.family}
             typer.echo(json.dumps(entry | {"kind": system.kind, "works": works}))
         return
-    out = Table("id", "kind", "what it is", "published", "proof")
-    for c in shown:
-        year = f"{c.system.title} ({c.system.year})"
-        out.add_row(c.id, c.kind, c.says, year, "yes" if c.system.id in proofs else "no")
-    console.print(out)
+    longest, wide = max(len(c.id) for c in shown), console.width >= 140
+    for name in sorted({c.kind for c in shown}):
+        out = Table(box=None, padding=(0, 2, 0, 0), title=name, title_justify="left", title_style="bold", expand=True)
+        out.add_column("id", width=longest, style="cyan")
+        out.add_column("what it is", ratio=3)
+        if wide:
+            out.add_column("published", ratio=2, style="dim")
+        out.add_column("year")
+        out.add_column("proof")
+        for c in (c for c in shown if c.kind == name):
+            paper = [c.system.title] if wide else []
+            out.add_row(c.id, c.says, *paper, c.system.year, "yes" if c.system.id in proofs else "no")
+        console.print(out)
+        console.print()
     console.print(
         f"{len(working)} of {len(published)} published systems work, each with a proof; the rest are to come."
     )
