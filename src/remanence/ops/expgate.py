@@ -1,0 +1,130 @@
+"""Exponential gating of a matrix memory. Axes: B batch, H heads, T time, K key features, V value features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remanence.errors import expect
+from remanence.ops.decay import floored, recurrent_dtype
+from remanence.ops.linear_attention import linear_attention
+from remanence.state import State
+
+EMPTY = -1e30
+"""The stabiliser of a memory that holds nothing: lower than any gate, and its differences are still numbers."""
+
+
+def expgate_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_forget: Tensor,
+    log_input: Tensor,
+    state: State | None = None,
+    *,
+    eps: float = 0.0,
+) -> tuple[Tensor, State]:
+    """The definition: m' = max(f + m, i), C' = e^{f+m−m'} C + e^{i−m'} k vᵀ, n' alike without v.
+
+    y = C'ᵀq / (max(|n'·q|, e^{−m'}) + eps).
+    """
+    C, n, m = _begin(key, value, state)
+    dtype = C.dtype
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    f, i = floored(log_forget.double()), log_input.double()
+    y = []
+    for t in range(key.shape[2]):
+        before, m = m, torch.maximum(f[:, :, t] + m, i[:, :, t]).detach()
+        keep, write = (x.exp().to(dtype)[..., None] for x in (f[:, :, t] + before - m, i[:, :, t] - m))
+        n = keep * n + write * k[:, :, t]
+        C = keep[..., None] * C + (write * k[:, :, t])[..., None] * v[:, :, t, None]
+        size = torch.maximum((n * q[:, :, t]).sum(-1).abs(), (-m).exp().to(dtype)) + eps
+        y.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], C) / size[..., None])
+    return (torch.stack(y, 2).to(value.dtype) if y else value), {"C": C, "n": n, "m": m}
+
+
+def expgate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_forget: Tensor,
+    log_input: Tensor,
+    state: State | None = None,
+    *,
+    eps: float = 0.0,
+    chunk_size: int = 64,
+) -> tuple[Tensor, State]:
+    r"""Linear attention with writes of weight $e^{i_t}$, averaged: $y_t = C_t^\top q_t / \max(|n_t · q_t|, 1)$.
+
+    $C_t = e^{f_t} C_{t-1} + e^{i_t} k_t v_t^\top$ and $n_t = e^{f_t} n_{t-1} + e^{i_t} k_t$. The state holds
+    $e^{-m} C$ and $e^{-m} n$, where m is the greatest exponent so far, so that gates of any size stay finite; m cancels
+    in y and has no gradient of its own: what depends on C and n is differentiated exactly.
+
+    With m known beforehand (a running maximum) this is linear attention with decay f_t + m_{t−1} − m_t ≤ 0 and a value
+    of 1 beside the others, whose sum is the normaliser. The query is not scaled.
+
+    Args:
+        log_forget: f ≤ 0, clamped at −60.
+        log_input: i, any number; −∞ writes nothing.
+        eps: added to the denominator of the stabilised quotient, as published models do (1e-6).
+        chunk_size: changes speed, never the result.
+
+    Shapes: `query`, `key` [B, H, T, K], `value` and y [B, H, T, V], gates [B, H, T], any T ≥ 0;
+        state {"C": [B, H, K, V], "n": [B, H, K], "m": float64 [B, H]}. Raises: `ShapeError`.
+    Source: Beck et al., xLSTM, arXiv:2405.04517 (2024).
+    """
+    expect("expgate", "key", key, "batch heads time features")
+    B, H, T, K = key.shape
+    expect("expgate", "query", query, "batch heads time features", batch=B, heads=H, time=T, features=K)
+    expect("expgate", "value", value, "batch heads time features", batch=B, heads=H, time=T)
+    for name, gate in (("log_forget", log_forget), ("log_input", log_input)):
+        expect("expgate", name, gate, "batch heads time", batch=B, heads=H, time=T)
+    if T == 0:
+        return expgate_reference(query, key, value, log_forget, log_input, state, eps=eps)
+    C, n, start = _begin(key, value, state)
+    f, i = floored(log_forget.double()), log_input.double()
+    with torch.no_grad():
+        total = f.cumsum(2)
+        m = total + torch.cat([start[..., None], i - total], 2).cummax(2).values[:, :, 1:]
+        before = torch.cat([start[..., None], m[:, :, :-1]], 2)
+    written = key.to(C.dtype) * (i - m).exp().to(C.dtype)[..., None]
+    counted = torch.cat([value.to(C.dtype), C.new_ones(B, H, T, 1)], 3)
+    S = {"S": torch.cat([C, n[..., None]], 3)}
+    sums, after = linear_attention(query, written, counted, (f + before - m).to(C.dtype), S, chunk_size=chunk_size)
+    size = torch.maximum(sums[..., -1:].abs(), (-m).exp().to(C.dtype)[..., None]) + eps
+    C, n = after["S"][..., :-1], after["S"][..., -1]
+    return (sums[..., :-1] / size).to(value.dtype), {"C": C.contiguous(), "n": n.contiguous(), "m": m[:, :, -1]}
+
+
+def expgate_carry(key: Tensor, value: Tensor, log_forget: Tensor, log_input: Tensor) -> tuple[Tensor, State]:
+    """(log decay over the piece [B, H], the state that the piece alone leaves): `merge` adds any state before it."""
+    B, H, _, K = key.shape
+    empty = key.new_zeros(B, H, K, value.shape[3] + 1, dtype=recurrent_dtype(value))
+    nothing = {"C": empty[..., 1:], "n": empty[..., 0], "m": torch.full_like(empty[:, :, 0, 0], EMPTY).double()}
+    _, state = expgate(key, key, value, log_forget, log_input, nothing)
+    return floored(log_forget.double()).sum(2), state
+
+
+def merge(before: State, log_decay: Tensor, after: State) -> State:
+    """The state of two pieces in a row, from the first's and from the second's (log decay, state on its own).
+
+    Works on every stabilised state: each tensor stands for e^m times itself, m having the leading axes.
+    """
+    past = before["m"] + log_decay
+    m = torch.maximum(past, after["m"])
+    keep, add = (past - m).exp(), (after["m"] - m).exp()
+
+    def join(x: Tensor, y: Tensor) -> Tensor:
+        keeps, adds = (w.to(y.dtype).view(*m.shape, *[1] * (y.ndim - m.ndim)) for w in (keep, add))
+        return keeps * x + adds * y
+
+    return {"m": m, **{name: join(before[name], y) for name, y in after.items() if name != "m"}}
+
+
+def _begin(key: Tensor, value: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, n, m); a fresh m is 0, so that the first denominators are those of the published models to the last digit."""
+    if state is not None:
+        return state["C"], state["n"], state["m"].double().detach()
+    B, H, _, K = key.shape
+    C = key.new_zeros(B, H, K, value.shape[3], dtype=recurrent_dtype(value))
+    return C, C[..., 0].clone(), torch.zeros(B, H, dtype=torch.float64, device=key.device)

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remanence.errors import ShapeError
+from remanence.ops.expgate import expgate, expgate_carry, expgate_reference, merge
+
+B, H, K, V = 2, 2, 4, 3
+
+
+def inputs(draw, T, hardness=1.0):
+    noise = draw(T)
+    with torch.no_grad():
+        forget = torch.nn.functional.logsigmoid(hardness * noise(B, H, T))
+        write = hardness * noise(B, H, T)
+    return [noise(B, H, T, K), noise(B, H, T, K), noise(B, H, T, V), forget.requires_grad_(), write.requires_grad_()]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    T=st.integers(0, 150),
+    cuts=st.lists(st.integers(0, 150), max_size=4),
+    hardness=st.sampled_from([1.0, 10.0]),
+    given_state=st.booleans(),
+    eps=st.sampled_from([0.0, 1e-3]),
+)
+def test_any_cuts_give_the_loop(obeys, draw, T, cuts, hardness, given_state, eps):
+    noise = draw(99)
+    state = None
+    if given_state:
+        state = {"C": noise(B, H, K, V), "n": noise(B, H, K), "m": (20 * noise(B, H)).detach().requires_grad_()}
+    obeys(
+        lambda *x, state=None: expgate(*x, state=state, eps=eps, chunk_size=16),
+        lambda *x, state=None: expgate_reference(*x, state=state, eps=eps),
+        inputs(draw, T, hardness),
+        sorted(min(c, T) for c in cuts),
+        state,
+    )
+
+
+def test_the_law_notices_a_lost_state(obeys, draw):
+    with pytest.raises(AssertionError):
+        obeys(lambda *x, state=None: expgate(*x), expgate_reference, inputs(draw, 20), [10])
+
+
+def test_it_is_the_quotient_of_the_papers_sums(draw):
+    """Without a stabiliser, from the closed form: y = Σ_j D_ij (q_i·k_j) v_j / max(|Σ_j D_ij (q_i·k_j)|, 1)."""
+    q, k, v, f, i = inputs(draw, 40)
+    F = f.cumsum(2)
+    D = (F[..., :, None] - F[..., None, :] + i[..., None, :]).exp().tril()
+    scores = (q @ k.mT) * D
+    want = (scores @ v) / scores.sum(-1, keepdim=True).abs().clamp(min=1)
+    y, state = expgate(q, k, v, f, i)
+    torch.testing.assert_close(y, want)
+    C = torch.einsum("bhj,bhjk,bhjv->bhkv", D[:, :, -1], k, v)
+    torch.testing.assert_close(state["C"] * state["m"].exp()[..., None, None], C)
+
+
+def test_the_stabiliser_cancels(draw):
+    x = inputs(draw, 30)
+    y, _ = expgate(*x)
+    zero = torch.zeros(B, H, K, V, dtype=torch.float64)
+    for m in (-1e30, -5.0, 30.0):
+        state = {"C": zero, "n": zero[..., 0], "m": torch.full((B, H), m, dtype=torch.float64)}
+        torch.testing.assert_close(expgate(*x, state=state)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [40.0, 1000.0])
+def test_extreme_gates_stay_finite_in_float32(draw, size):
+    q, k, v, f, i = (x.detach().float().requires_grad_() for x in inputs(draw, 500))
+    i = (size * i.detach()).requires_grad_()
+    y, state = expgate(q, k, v, (size * f.detach()).requires_grad_(), i)
+    (y.sum() + state["C"].sum()).backward()
+    assert all(x.isfinite().all() for x in (y, *state.values(), q.grad, k.grad, v.grad, i.grad))
+
+
+def test_float32_follows_float64(agrees_in_float32, draw):
+    agrees_in_float32(expgate, inputs(draw, 200))
+
+
+def test_a_closed_input_gate_leaves_the_memory_to_decay(draw):
+    q, k, v, f, i = (x.detach() for x in inputs(draw, 6))
+    _, before = expgate(q, k, v, f, i)
+    _, after = expgate(q, k, v, f, torch.full_like(i, -math.inf), before)
+    kept = (after["m"] - before["m"]).exp()[..., None, None] * after["C"]
+    torch.testing.assert_close(kept, before["C"] * f.sum(2).exp()[..., None, None])
+    _, same = expgate(q, k, v, torch.zeros_like(f), torch.full_like(i, -math.inf), before)
+    for name, x in before.items():
+        torch.testing.assert_close(same[name], x)
+
+
+def test_pieces_merge_by_maxima(draw):
+    q, k, v, f, i = inputs(draw, 50, 5.0)
+    _, whole = expgate(q, k, v, f, i)
+    _, first = expgate(*(x[:, :, :20] for x in (q, k, v, f, i)))
+    joined = merge(first, *expgate_carry(*(x[:, :, 20:] for x in (k, v, f, i))))
+    for name, x in whole.items():
+        torch.testing.assert_close(joined[name], x)
+
+
+def test_long_runs_and_single_steps_agree_in_float32(draw):
+    q, k, v, f, i = (x.detach().float() for x in inputs(draw, 60, 8.0))
+    y, end = expgate(q, k, v, f, 10 * i)
+    state, out = None, []
+    for t in range(60):
+        token, state = expgate(*(x[:, :, t : t + 1] for x in (q, k, v, f, 10 * i)), state=state)
+        out.append(token)
+    torch.testing.assert_close(torch.cat(out, 2), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state["m"], end["m"])
+
+
+def test_wrong_shapes_say_what_was_expected(draw):
+    q, k, v, f, i = inputs(draw, 4)
+    with pytest.raises(ShapeError, match="log_input must be"):
+        expgate(q, k, v, f, i[:, :, :2])
