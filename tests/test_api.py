@@ -1,5 +1,6 @@
 """A run from end to end: what it writes, that it restarts exactly, and what faults do to it."""
 
+import io
 import json
 import math
 import multiprocessing
@@ -338,6 +339,17 @@ def test_what_is_refused_before_anything_is_written(whole, folder, tmp_path):
     with pytest.raises(RemanenceError, match="There is no run in"):
         list(generate(out))
     assert not out.exists()
+
+
+def test_a_pipe_that_gives_nothing_leaves_nothing(tmp_path, monkeypatch):
+    there = tmp_path / "there"
+    there.mkdir()
+    for out in (tmp_path / "new" / "run", there):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        with pytest.raises(StreamError, match="is empty"):
+            learn("-", out, size="small")
+    assert [*tmp_path.iterdir()] == [there]
+    assert not [*there.iterdir()]
 
 
 def test_a_directory_that_is_taken_is_left_alone(whole, folder, tmp_path):

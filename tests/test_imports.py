@@ -11,7 +11,7 @@ import remanence
 
 ROOT = Path(remanence.__file__).parent
 FLOORS = [
-    {"errors", "state", "catalogue"},
+    {"errors", "state", "catalogue", "stopping"},
     {"ops"},
     {"memory"},
     {"models"},

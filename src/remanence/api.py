@@ -7,8 +7,6 @@ import json
 import os
 import platform
 import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from remanence.learning import Learner, checkpoint
 from remanence.models.counting import CountingModel, compile_apart
 from remanence.models.language import LanguageModel, parse_pattern
 from remanence.optim.schedules import EndlessSchedule
+from remanence.stopping import stop_requests
 from remanence.streams import Source, open_source
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -109,6 +108,7 @@ class Run:
         self.directory, self.settings, self.learner = directory, settings, learner
         self.progress = Progress()
         self.retention = Retention()
+        self.made: list[Path] = []
 
     @classmethod
     def create(cls, directory: Path, settings: Settings, fingerprint: str) -> Run:
@@ -118,10 +118,13 @@ class Run:
             raise RemanenceError(f"{directory} holds a run already: pass --resume to continue it, or another --out.")
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise RemanenceError(f"{directory} is not empty and holds no run; choose another --out.")
+        made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         about = {"settings": asdict(settings), "fingerprint": fingerprint, "version": __version__}
         _write_json(directory / "run.json", about | {"threads": torch.get_num_threads()})
-        return cls(directory, settings, settings.learner())
+        run = cls(directory, settings, settings.learner())
+        run.made = made
+        return run
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -142,6 +145,13 @@ class Run:
         self.progress.retention = self.retention.state_dict()
         tree = {"learner": self.learner.state_dict(), "progress": asdict(self.progress)}
         checkpoint.write(self.directory / CHECKPOINT, tree)
+
+    def discard(self) -> None:
+        """Leave no trace of a run that read nothing: its files, and the directories that it made."""
+        for name in ("metrics.jsonl", "run.json"):
+            (self.directory / name).unlink(missing_ok=True)
+        for folder in self.made:
+            folder.rmdir()
 
 
 def learn(
@@ -184,7 +194,12 @@ def learn(
         with _threads(1):
             run = Run.open(directory) if resume else Run.create(directory, settings, opened.fingerprint())
             if not run.progress.finished:
-                _follow(run, opened, checkpoint_seconds, on_progress)
+                try:
+                    _follow(run, opened, checkpoint_seconds, on_progress)
+                except BaseException:
+                    if not resume and not run.progress.position:
+                        run.discard()
+                    raise
             summary = _finish(run, opened)
         from remanence.evaluation.report import write_report  # plotting takes memory that learning need not pay for
 
@@ -250,7 +265,7 @@ def _follow(
         run.retention.record(progress.position, scores)
         return scores
 
-    with open(metrics_path, "a", encoding="utf-8") as metrics, _stop_requests() as stop:
+    with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
 
         def emit(domain: str, probed: bool) -> None:
             nonlocal since
@@ -446,41 +461,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Stop:
-    """Whether Ctrl-C or SIGTERM asked the run to stop: it does so between two segments, never inside one."""
-
-    def __init__(self) -> None:
-        self.requested = self.waiting = False
-
-    def __call__(self, *_: Any) -> None:
-        self.requested = True
-        if self.waiting:
-            raise KeyboardInterrupt
-
-    def while_waiting(self, items: Iterator[tuple[bytes, str]]) -> Iterator[tuple[bytes, str]]:
-        """The items; a request that comes while the next one is awaited need not wait for it: a pipe may be silent."""
-        while True:
-            self.waiting = True
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            finally:
-                self.waiting = False
-            yield item
-
-
-@contextmanager
-def _stop_requests() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
