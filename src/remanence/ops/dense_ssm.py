@@ -1,0 +1,117 @@
+"""Time-invariant linear recurrences with a dense transition. Axes: B batch, T time, D features, N state, M outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remanence.errors import expect
+from remanence.ops.decay import recurrent_dtype
+from remanence.state import State
+
+CHUNK = 64
+"""Tokens handled by matrix products; the state is carried from one such piece to the next."""
+
+
+def dense_ssm_reference(
+    u: Tensor, transition: Tensor, write: Tensor, read: Tensor, state: State | None = None
+) -> tuple[Tensor, State]:
+    """The definition: h_t = Ā h_{t−1} + B̄ u_t, y_t = C h_t, for every feature by itself."""
+    h = _start(u, write, state)
+    transition, write, read = (p.to(h.dtype) for p in (transition, write, read))
+    y = []
+    for t in range(u.shape[1]):
+        h = (transition @ h[..., None])[..., 0] + write * u[:, t, :, None]
+        y.append((read @ h[..., None])[..., 0])
+    return (torch.stack(y, 1) if y else u.to(h.dtype)[..., None] * read.sum(-1)), {"h": h}
+
+
+def dense_ssm(
+    u: Tensor, transition: Tensor, write: Tensor, read: Tensor, state: State | None = None
+) -> tuple[Tensor, State]:
+    """h_t = Ā h_{t−1} + B̄ u_t, y_t = C h_t, for every feature by itself, in chunks by matrix products.
+
+    Within a chunk the recurrence is the convolution with K_l = C Ā^l B̄; states cross from chunk to chunk. No state is
+    held for every token.
+
+    Shapes: `u` [B, T, D], any T ≥ 0; `transition` Ā [D, N, N]; `write` B̄ [D, N]; `read` C [D, M, N];
+    y [B, T, D, M]; state {"h": [B, D, N]}. y and h have float32 or wider. Raises: `ShapeError`.
+    Source: the convolution is that of the Linear State-Space Layer, arXiv:2110.13985 (2021).
+    """
+    expect("dense_ssm", "write", write, "features state")
+    D, N = write.shape
+    expect("dense_ssm", "u", u, "batch time features", features=D)
+    expect("dense_ssm", "transition", transition, "features state state", features=D, state=N)
+    expect("dense_ssm", "read", read, "features outputs state", features=D, state=N)
+    B, T, _ = u.shape
+    if T <= 1:
+        return dense_ssm_reference(u, transition, write, read, state)
+    h = _start(u, write, state).permute(1, 2, 0)  # [D, N, B]
+    transition, write, read, u = (p.to(h.dtype) for p in (transition, write, read, u))
+    C = min(CHUNK, T)
+    powers = squarings(transition, C)
+    written = krylov(powers, write[..., None], C)[..., 0, :]  # Ā^l B̄: [D, N, C]
+    kernel = read @ written  # [D, M, C]
+    lag = torch.arange(C, device=u.device)[:, None] - torch.arange(C, device=u.device)
+    local = kernel[..., lag.clamp(min=0)].masked_fill(lag < 0, 0)  # [D, M, C, C]: K_{i−j} for j ≤ i
+    seen = krylov([p.mT for p in powers], transition.mT @ read.mT, C).permute(0, 2, 3, 1)  # C Ā^{i+1}: [D, M, C, N]
+    written = written.flip(-1)
+
+    def piece(x: Tensor, h: Tensor) -> Tensor:
+        """Outputs [D, M, length, columns] of inputs [D, length, columns] that follow on states [D, N, columns]."""
+        n = x.shape[1]
+        return local[..., :n, :n] @ x[:, None] + seen[:, :, :n] @ h[:, None]
+
+    whole = T // C * C
+    x = u[:, :whole].reshape(B, -1, C, D).permute(3, 2, 1, 0)  # [D, C, chunks, B]
+    ends = (written @ x.flatten(2)).unflatten(2, x.shape[2:])
+    starts = []
+    for end in ends.unbind(2):
+        starts.append(h)
+        h = advance(powers, h, C) + end
+    y = piece(x.flatten(2), torch.cat(starts, -1)).unflatten(-1, x.shape[2:])  # [D, M, C, chunks, B]
+    y = y.permute(4, 3, 2, 0, 1).reshape(B, whole, D, -1)
+    if rest := T - whole:
+        x = u[:, whole:].permute(2, 1, 0)
+        y = torch.cat([y, piece(x, h).permute(3, 2, 0, 1)], 1)
+        h = advance(powers, h, rest) + written[..., C - rest :] @ x
+    return y, {"h": h.permute(2, 0, 1)}
+
+
+def dense_ssm_carry(u: Tensor, transition: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
+    """(M [D, N, N], N [B, D, N]) with h_end = M h_start + N for every state h_start."""
+    end = dense_ssm(u, transition, write, write[:, None])[1]["h"]
+    one = torch.eye(write.shape[1], dtype=end.dtype, device=u.device).expand_as(transition)
+    return advance(squarings(transition.to(end.dtype), u.shape[1]), one, u.shape[1]), end
+
+
+def squarings(transition: Tensor, most: int) -> list[Tensor]:
+    """A, A², A⁴, ...: all that powers up to `most` are made of. Shapes: [..., N, N]."""
+    powers = [transition]
+    while 2 ** len(powers) <= most:
+        powers.append(powers[-1] @ powers[-1])
+    return powers
+
+
+def advance(powers: list[Tensor], h: Tensor, steps: int) -> Tensor:
+    """A^steps h from `squarings` of A. Shapes: h [..., N, columns]."""
+    for k, power in enumerate(powers):
+        if steps >> k & 1:
+            h = power @ h
+    return h
+
+
+def krylov(powers: list[Tensor], start: Tensor, length: int) -> Tensor:
+    """A^l b for l < length, by doubling. Shapes: start [..., N, M] -> [..., N, M, length]."""
+    columns, M = start, start.shape[-1]
+    for power in powers:
+        if columns.shape[-1] >= length * M:
+            break
+        columns = torch.cat([columns, power @ columns], -1)
+    return columns[..., : length * M].unflatten(-1, (length, M)).mT
+
+
+def _start(u: Tensor, write: Tensor, state: State | None) -> Tensor:
+    if state is not None:
+        return state["h"]
+    return u.new_zeros(u.shape[0], *write.shape, dtype=recurrent_dtype(u))

@@ -1,0 +1,108 @@
+"""Causal convolution with long finite kernels. Axes: B batch, T time, D features, O features out, L kernel length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remanence.errors import ShapeError, expect
+from remanence.ops.decay import recurrent_dtype
+from remanence.state import State
+
+FEW = 4
+"""Up to so many tokens are summed directly: a transform would cost more."""
+
+
+def long_conv_reference(x: Tensor, kernel: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """The definition: y_t = Σ_{l<L} kernel_l x_{t−l}, one token after another."""
+    tail, past_first = _tail(x, kernel, state), kernel.flip(-1)
+    y = []
+    for t in range(x.shape[1]):
+        seen = torch.cat([tail, x[:, t : t + 1]], 1)
+        y.append(torch.einsum(_sum(kernel), seen, past_first.to(seen.dtype)))
+        tail = seen[:, 1:]
+    return (torch.stack(y, 1).to(x.dtype) if y else _nothing(x, kernel)), {"tail": tail}
+
+
+def long_conv(x: Tensor, kernel: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """y_t = Σ_{l<L} kernel_l x_{t−l}, by transforms of overlapping blocks; the state is the last L − 1 inputs.
+
+    Shapes: `x` [B, T, D], any T ≥ 0; `kernel` [D, L], each feature by itself, or [O, D, L], mixing them, L ≥ 1; its
+    first column meets the present token; y [B, T, D] or [B, T, O]; state {"tail": [B, L − 1, D]}, float32 or wider.
+    Cost per token: log L per feature (and O per feature when mixing), and L for a single token.
+    Raises: `ShapeError`.
+    Source: overlap-save, Stockham, High-Speed Convolution and Correlation (1966).
+    """
+    if kernel.ndim not in (2, 3) or not kernel.shape[-1]:
+        raise ShapeError(
+            "long_conv: kernel must be [features, length] or [features out, features, length], of length at least 1, "
+            f"got {list(kernel.shape)}."
+        )
+    expect("long_conv", "x", x, "batch time features", features=kernel.shape[-2])
+    T, L = x.shape[1], kernel.shape[-1]
+    if not T:
+        return long_conv_reference(x, kernel, state)
+    seen = torch.cat([_tail(x, kernel, state), x], 1)
+    kernel = kernel.to(seen.dtype)
+    if T <= FEW:
+        windows = [seen[:, t : t + L] for t in range(T)]
+        y = torch.stack([torch.einsum(_sum(kernel), window, kernel.flip(-1)) for window in windows], 1)
+    else:
+        y = _overlap_save(seen, kernel)
+    return y.to(x.dtype), {"tail": seen[:, T:]}
+
+
+def _overlap_save(seen: Tensor, kernel: Tensor) -> Tensor:
+    """The T last outputs of L − 1 + T inputs: the L − 1 first of each block are wrapped around, and dropped."""
+    S, L = seen.shape[1], kernel.shape[-1]
+    n = _fast_size(min(S, max(4 * L, 512)))
+    step = n - L + 1
+    blocks = -(-(S - L + 1) // step)
+    rows = torch.nn.functional.pad(seen.mT, (0, blocks * step + L - 1 - S)).unfold(-1, n, step)  # [B, D, blocks, n]
+    spectrum, response = torch.fft.rfft(rows), torch.fft.rfft(kernel, n)
+    if kernel.ndim == 2:
+        product = spectrum * response[:, None]
+    else:
+        product = torch.einsum("bdnf,odf->bonf", spectrum, response)
+    y = torch.fft.irfft(product, n)[..., L - 1 :]
+    return y.flatten(2)[..., : S - L + 1].mT
+
+
+def _fast_size(least: int) -> int:
+    """The next length 2ᵏ or 3·2ᵏ, which transforms are fast at."""
+    power = 1 << (least - 1).bit_length()
+    return 3 * power // 4 if least <= 3 * power // 4 and power >= 4 else power
+
+
+def dilated_conv(x: Tensor, weight: Tensor, dilation: int, state: State | None = None) -> tuple[Tensor, State]:
+    """y_t = Σ_{j<K} w_j ⊙ x_{t−j·dilation}: K taps that reach back (K − 1)·dilation tokens.
+
+    Shapes: `x` and y [B, T, D], any T ≥ 0; `weight` [D, K], its first column meeting the present token; `dilation` ≥ 1;
+    state {"tail": [B, (K − 1)·dilation, D]}. What lies between the taps does not touch the output at all.
+    Its definition is `long_conv_reference` with the kernel that has zeros between the taps.
+    Raises: `ShapeError`.
+    """
+    expect("dilated_conv", "x", x, "batch time features", features=weight.shape[0])
+    T, K = x.shape[1], weight.shape[1]
+    reach = (K - 1) * dilation
+    tail = x.new_zeros(x.shape[0], reach, x.shape[2], dtype=recurrent_dtype(x)) if state is None else state["tail"]
+    seen = torch.cat([tail, x], 1)
+    y = seen[:, reach:] * weight[:, 0]
+    for j in range(1, K):
+        y = torch.addcmul(y, seen[:, reach - j * dilation : reach - j * dilation + T], weight[:, j].to(y.dtype))
+    return y.to(x.dtype), {"tail": seen[:, T:]}
+
+
+def _sum(kernel: Tensor) -> str:
+    return "bld,dl->bd" if kernel.ndim == 2 else "bld,odl->bo"
+
+
+def _nothing(x: Tensor, kernel: Tensor) -> Tensor:
+    """No outputs of no inputs, of the right width and still part of the graph."""
+    return x if kernel.ndim == 2 else x @ kernel[..., 0].mT.to(x.dtype)
+
+
+def _tail(x: Tensor, kernel: Tensor, state: State | None) -> Tensor:
+    if state is not None:
+        return state["tail"]
+    return x.new_zeros(x.shape[0], kernel.shape[-1] - 1, x.shape[2], dtype=recurrent_dtype(x))
