@@ -200,6 +200,28 @@ def test_ctrl_c_saves_and_the_printed_command_resumes_to_the_same_end(done, text
     assert one["bytes"] == two["bytes"] == 18_000
 
 
+def test_ctrl_c_keeps_what_a_watch_has_learned_and_it_goes_on_from_there(tmp_path):
+    lines = next(logs.encoded(seed=2, size=20_000)).splitlines(keepends=True)
+    state = tmp_path / "state"
+    words = [sys.executable, "-c", "from remanence.cli import main; main()", "watch", "--json"]
+    whole = subprocess.run(words, input=b"".join(lines), capture_output=True, timeout=60, check=True)
+    words += ["--state", str(state)]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b"".join(lines[:60]))
+    process.stdin.flush()
+    said = [process.stdout.readline() for _ in range(60)]
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert process.returncode == 130, process.stderr.read()
+    rest = subprocess.run(words, input=b"".join(lines[60:]), capture_output=True, timeout=60, check=True)
+    scores = [json.loads(line)["score"] for line in [*said, *rest.stdout.splitlines()]]
+    assert scores == [json.loads(line)["score"] for line in whole.stdout.splitlines()]
+    state.write_bytes(state.read_bytes()[:5000])
+    refused = subprocess.run(words, input=b"", capture_output=True, timeout=60, check=False)
+    assert refused.returncode == 1
+    assert b"damaged or cut short" in refused.stderr
+
+
 def test_a_reader_that_goes_away_is_no_fault():
     program = f"{shlex.quote(sys.executable)} -c 'from remanence.cli import main; main()' systems --json | head -n 1"
     ended = subprocess.run(

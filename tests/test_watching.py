@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import random
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from remanence import watching
-from remanence.errors import RemanenceError
+from remanence.errors import CheckpointError, RemanenceError
+from remanence.learning import checkpoint
 from remanence.streams import logs
 from remanence.watching import Line, Places, read_lines, render, top_lines, watch
 
@@ -194,3 +196,33 @@ def test_render_escapes_controls_and_marks_the_odd_part():
 def test_wrong_arguments_are_named(arguments, says):
     with pytest.raises(RemanenceError, match=says):
         list(watch(**arguments))
+
+
+def test_a_saved_watch_goes_on_as_if_it_had_not_stopped(tmp_path):
+    lines = [event.line for event in itertools.islice(logs.events(seed=3), 400)]
+    whole = list(watch(lines))
+    first = watching.Watcher()
+    before = list(first.read(lines[:250]))
+    first.save(tmp_path / "state")
+    second = watching.Watcher()
+    list(second.read(["what it learned before is replaced"]))
+    second.load(tmp_path / "state")
+    after = [dataclasses.replace(line, line=line.line + 250) for line in second.read(lines[250:])]
+    assert before + after == whole
+
+
+def test_a_foreign_state_of_a_watch_is_refused_and_changes_nothing(tmp_path):
+    path = tmp_path / "state"
+    watcher, other = watching.Watcher(), watching.Watcher()
+    other.places = Places(bits=10)
+    other.save(path)
+    with pytest.raises(CheckpointError, match="tables of another size"):
+        watcher.load(path)
+    checkpoint.write(path, {"learner": {}})
+    with pytest.raises(CheckpointError, match="not the state of a watch"):
+        watcher.load(path)
+    path.write_bytes(b"lines of a log, not a state")
+    with pytest.raises(CheckpointError, match="damaged"):
+        watcher.load(path)
+    assert watcher.seen == 0
+    assert not any(table.any() for table in watcher.places.arrays().values())

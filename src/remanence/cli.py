@@ -89,6 +89,9 @@ def learn(
 def watch(
     source: Annotated[str, typer.Argument(help="A file of lines, or - for a pipe.")] = "-",
     top: Annotated[int | None, typer.Option(min=1, help="At the end, only the K most surprising lines.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep what was learned here: read if it is there, written at the end.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read lines, learn from them, and show the surprising ones.
@@ -96,6 +99,7 @@ def watch(
     Example: journalctl -f | remanence watch -
     """
     from remanence import watching
+    from remanence.stopping import stop_requests
 
     def lines() -> Iterator[bytes]:
         if source == "-":
@@ -108,17 +112,32 @@ def watch(
         with open(path, "rb") as f:
             yield from watching.read_lines(f)
 
-    found = watching.watch(lines())
-    if top is not None:
-        found = iter(watching.top_lines(found, top))
-    elif not as_json:
-        found = (line for line in found if line.score >= watching.SURPRISING)
-    for line in found:
-        if as_json:
-            fields = ("line", "bits", "bits_per_byte", "score", "text")
-            typer.echo(json.dumps({name: getattr(line, name) for name in fields}))
-        else:
-            console.print(watching.render(line), soft_wrap=True)
+    watcher = watching.Watcher()
+    if state is not None and state.exists():
+        watcher.load(state)
+
+    def read() -> Iterator[watching.Line]:
+        for line in watcher.read(stop.while_waiting(lines())):
+            yield line
+            if stop.requested:
+                raise KeyboardInterrupt
+
+    with stop_requests() as stop:
+        try:
+            found = read()
+            if top is not None:
+                found = iter(watching.top_lines(found, top))
+            elif not as_json:
+                found = (line for line in found if line.score >= watching.SURPRISING)
+            for line in found:
+                if as_json:
+                    fields = ("line", "bits", "bits_per_byte", "score", "text")
+                    typer.echo(json.dumps({name: getattr(line, name) for name in fields}))
+                else:
+                    console.print(watching.render(line), soft_wrap=True)
+        finally:
+            if state is not None and watcher.seen:
+                watcher.save(state)
 
 
 @app.command()
@@ -225,27 +244,40 @@ def prove(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: mqar, state-tracking or copying.")],
-    memory: Annotated[list[str] | None, typer.Option(help="A memory to compare; may be given again.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which benchmark; none lists them.")] = None,
+    memory: Annotated[
+        list[str] | None, typer.Option(help="A memory or pattern to compare ('3*gla, softmax'); may be given again.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter training.")] = False,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: pairs=16, steps=800, dim=32; may be given again.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the score against the state's bytes: a PNG.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare memories on one benchmark: the same data for each, from one seed.
+    """Compare memories on one benchmark: the same data for each, from one seed, the state's bytes beside the score.
 
-    Example: remanence bench mqar --memory gated-deltanet --memory sliding-window
+    Example: remanence bench mqar --memory gated-deltanet --memory sliding-window --picture recall.png
     """
+    from remanence import catalogue
     from remanence.evaluation import benchmarks
+    from remanence.evaluation.benchmarks.picture import draw, show
 
-    rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick)
+    if name is None:
+        for id, member in catalogue.cards("benchmark").items():
+            typer.echo(json.dumps({"benchmark": id, "says": member.says}) if as_json else f"{id:24} {member.says}")
+        return
+    settings = benchmarks.parse_settings(setting or [])
+    rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick, **settings)
+    if picture is not None:
+        draw(rows, picture, name)
     if as_json:
         for row in rows:
             typer.echo(json.dumps(row))
         return
-    out = Table(*rows[0])
-    for row in rows:
-        out.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(out)
+    for out in show(rows):
+        console.print(out)
 
 
 class Interrupted(RemanenceError):

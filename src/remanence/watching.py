@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 from zlib import crc32
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.text import Text
 
-from remanence.errors import RemanenceError
+from remanence.errors import CheckpointError, RemanenceError
 
 SURPRISING = 4.0
 """Bits beyond the usual from which a line is worth showing."""
@@ -109,12 +110,83 @@ class Places:
             self._age()
         return excess
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The live tables by name."""
+        kinds = {"tag": np.uint32, "seen": np.float32, "new_rate": np.float32, "usual": np.float32, "count": np.uint16}
+        return {name: np.frombuffer(getattr(self, name), kind) for name, kind in kinds.items()}
+
     def _age(self) -> None:
         """Halve all counts: tokens met once are forgotten, and the tables never fill up."""
         counts, seen = np.frombuffer(self.count, np.uint16), np.frombuffer(self.seen, np.float32)
         counts >>= 1
         seen *= 0.5
         self.fresh = 0
+
+
+class Watcher:
+    """What `watch` has learned of its lines so far: it reads on, and can be saved.
+
+    Args:
+        model: what predicts the bytes; anything with `observe(data: bytes)` that gives bits per byte and learns.
+            By default a small `CountingModel` (constant memory, under 8 MB).
+        warmup: lines after which a score counts half of what it would count much later.
+
+    Raises: `RemanenceError` if `warmup` is negative.
+    """
+
+    def __init__(self, model: Any = None, *, warmup: int = 50):
+        if warmup < 0:
+            raise RemanenceError(f"watch: warmup must be 0 or more lines, got {warmup}.")
+        if model is None:
+            from remanence.models.counting import CountingModel
+
+            model = CountingModel(size="small", neural=False)
+        self.model, self.warmup = model, warmup
+        self.places, self.usual, self.seen = Places(), 4.0, 0
+
+    def read(self, lines: Iterable[str | bytes]) -> Iterator[Line]:
+        """Each line with how surprising it was; they are numbered from 1."""
+        for number, line in enumerate(lines, 1):
+            yield self.observe(line, number)
+
+    def observe(self, line: str | bytes, number: int = 1) -> Line:
+        """Predict and score one line, then learn it. Raises: `RemanenceError` for what is neither text nor bytes."""
+        if not isinstance(line, str | bytes):
+            raise RemanenceError(f"watch: a line must be text or bytes, got {type(line).__name__}.")
+        raw = (line.encode("utf-8", "surrogateescape") if isinstance(line, str) else line).rstrip(b"\r\n")
+        cost = self.model.observe(raw + b"\n")
+        found = _tokens(raw, self.places)
+        self.seen += 1
+        # The root of the sum of squares: one odd word counts fully, many slightly odd ones do not add up to it.
+        surprise = math.sqrt(sum(token.excess**2 for token in found))
+        score = (surprise - self.usual) * self.seen / (self.seen + self.warmup)
+        self.usual += (surprise - self.usual) / min(self.seen + 1, 200)
+        bits = float(cost.sum())
+        spans = _spans(raw, found, cost) if score >= SURPRISING / 2 else []
+        return Line(number, bits, bits / cost.size, score, raw.decode("utf-8", "replace"), spans)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that was learned, atomically. Raises: `CheckpointError` when the disk refuses it."""
+        from remanence.learning import checkpoint
+
+        arrays = {"places": self.places.arrays(), "model": self.model.arrays()}
+        numbers = {"fresh": self.places.fresh, "usual": self.usual, "seen": self.seen}
+        checkpoint.write(Path(path), {"watch": arrays | numbers})
+
+    def load(self, path: str | Path) -> None:
+        """Go on with what `save` wrote. Raises: `CheckpointError`, changing nothing, when it is not of a watcher."""
+        from remanence.learning import checkpoint
+
+        tree = checkpoint.read(Path(path)).get("watch")
+        if tree is None:
+            raise CheckpointError(f"{path} is a checkpoint, but not the state of a watch.")
+        own = self.places.arrays()
+        if own.keys() != tree["places"].keys() or any(own[n].shape != tree["places"][n].shape for n in own):
+            raise CheckpointError(f"{path} is the state of a watch with tables of another size.")
+        self.model.load_state_dict(tree["model"])
+        for name, table in own.items():
+            table[:] = tree["places"][name]
+        self.places.fresh, self.usual, self.seen = tree["fresh"], tree["usual"], tree["seen"]
 
 
 def watch(
@@ -125,9 +197,7 @@ def watch(
     Args:
         lines: text or bytes, with or without their line ends.
         top: only the so many most surprising ones, best first, once the lines have ended.
-        model: what predicts the bytes; anything with `observe(data: bytes)` that gives bits per byte and learns.
-            By default a small `CountingModel` (constant memory, under 8 MB).
-        warmup: lines after which a score counts half of what it would count much later.
+        model, warmup: see `Watcher`, which does the same and can be saved.
 
     Raises: `RemanenceError` if `top` is below 1, `warmup` negative, or a line neither text nor bytes.
 
@@ -136,31 +206,8 @@ def watch(
     """
     if top is not None and top < 1:
         raise RemanenceError(f"watch: top must be at least 1, got {top}.")
-    if warmup < 0:
-        raise RemanenceError(f"watch: warmup must be 0 or more lines, got {warmup}.")
-    found = _watch(lines, model, warmup)
+    found = Watcher(model, warmup=warmup).read(lines)
     return found if top is None else iter(top_lines(found, top))
-
-
-def _watch(lines: Iterable[str | bytes], model: Any, warmup: int) -> Iterator[Line]:
-    if model is None:
-        from remanence.models.counting import CountingModel
-
-        model = CountingModel(size="small", neural=False)
-    places, usual = Places(), 4.0
-    for number, line in enumerate(lines, 1):
-        if not isinstance(line, str | bytes):
-            raise RemanenceError(f"watch: a line must be text or bytes, got {type(line).__name__}.")
-        raw = (line.encode("utf-8", "surrogateescape") if isinstance(line, str) else line).rstrip(b"\r\n")
-        cost = model.observe(raw + b"\n")
-        found = _tokens(raw, places)
-        # The root of the sum of squares: one odd word counts fully, many slightly odd ones do not add up to it.
-        surprise = math.sqrt(sum(token.excess**2 for token in found))
-        score = (surprise - usual) * number / (number + warmup) if number + warmup else surprise
-        usual += (surprise - usual) / min(number + 1, 200)
-        bits = float(cost.sum())
-        spans = _spans(raw, found, cost) if score >= SURPRISING / 2 else []
-        yield Line(number, bits, bits / cost.size, score, raw.decode("utf-8", "replace"), spans)
 
 
 class _Token(NamedTuple):
