@@ -1,0 +1,146 @@
+"""Online projection of a history onto Legendre polynomials. Axes: B batch, T time, F features, N coefficients."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remanence.errors import expect
+from remanence.ops.decay import recurrent_dtype
+from remanence.state import State
+
+CHUNK = 64
+"""Tokens that one table of weights serves; tables are tokens × tokens × N numbers."""
+
+
+def hippo_matrices(measure: str, order: int) -> tuple[Tensor, Tensor]:
+    """(A [N, N], B [N]) in float64: `legs` weighs all of the history alike, `legt` a window of length 1.
+
+    The dynamics are dc/dt = (A c + B f)/t for `legs` and dc/dt = A c + B f for `legt`.
+    Raises: `ValueError` for another measure, or an order below 1. Source: HiPPO, arXiv:2008.07669 (2020).
+    """
+    if measure not in ("legs", "legt") or order < 1:
+        raise ValueError(f"HiPPO: measure must be 'legs' or 'legt' and order at least 1, got {measure!r}, {order}.")
+    n = torch.arange(order, dtype=torch.float64)
+    root = (2 * n + 1).sqrt()
+    outer = root[:, None] * root
+    if measure == "legs":
+        return -outer.tril(-1) - torch.diag(n + 1), root
+    sign = torch.where(n[:, None] >= n, 1.0, (-1.0) ** (n[:, None] - n))
+    return -outer * sign, root
+
+
+def legs_reference(f: Tensor, order: int, state: State | None = None) -> tuple[Tensor, State]:
+    """The definition: c_t = E c_{t−1} + A⁻¹(E − I) B f_t with E = exp(A ln(t/(t−1))), and E = 0 at t = 1."""
+    A, B = hippo_matrices("legs", order)
+    c, position = _start(f, order, state)
+    out = []
+    for i in range(f.shape[1]):
+        t = (position + i + 1).double()
+        step = torch.where(t > 1, (t / (t - 1)).log(), 0.0)
+        E = torch.linalg.matrix_exp(A * step[:, None, None]) * (t > 1)[:, None, None]
+        write = torch.linalg.solve_triangular(A, (E - torch.eye(order).double()) @ B[:, None], upper=False)
+        c = c @ E.mT.to(c.dtype) + f[:, i, :, None] * write.mT.to(c.dtype)
+        out.append(c)
+    return (torch.stack(out, 1) if out else f[..., None].expand(*f.shape, order)), {
+        "c": c,
+        "position": position + f.shape[1],
+    }
+
+
+def legs(f: Tensor, order: int, state: State | None = None) -> tuple[Tensor, State]:
+    """Coefficients of the best polynomial fit to all of f_1..f_t, for every t (HiPPO-LegS), without any error of steps.
+
+    f is held constant within each step; c_t is then its exact projection, and the part of the history already in c_{t0}
+    is carried from [0, t0] to [0, t] by quadrature that is exact for polynomials: no matrix exponential, no inverse.
+    The history is read back by `legs_read`.
+
+    Shapes: `f` [B, T, F], any T ≥ 0; c [B, T, F, N] with N = `order`; state {"c": [B, F, N], "position": int64 [B]}:
+    how many tokens were read. c has float32 or wider. Raises: `ShapeError`, `ValueError` for an order below 1.
+    Source: HiPPO, arXiv:2008.07669 (2020).
+    """
+    expect("legs", "f", f, "batch time features")
+    hippo_matrices("legs", order)
+    c, position = _start(f, order, state)
+    out = []
+    for piece in f.to(c.dtype).split(CHUNK, 1):
+        n = piece.shape[1]
+        start, row = _distinct(position)
+        edges = (start[:, None] + torch.arange(n + 1, device=f.device)).double()
+        ratio = (edges[:, None, :] / edges[:, 1:, None]).clamp(max=1)  # of step borders j to times t: [rows, n, n + 1]
+        from_new = _integrals(ratio, order).diff(dim=-1)  # [rows, n, N, n]: zero for what is still to come
+        from_old = _stretch(edges[:, :1] / edges[:, 1:], order) @ _nodes(order)[2]  # [rows, n, N, N]
+        weights = torch.cat([from_new, from_old], -1).to(c.dtype)[row]
+        c_all = torch.einsum("btnj,bfj->btfn", weights, torch.cat([piece.mT, c], -1))
+        out.append(c_all)
+        if n:
+            c = c_all[:, -1]
+        position = position + n
+    return torch.cat(out, 1), {"c": c, "position": position}
+
+
+def legs_transitions(position: Tensor, count: int, order: int) -> tuple[Tensor, Tensor]:
+    """The exact steps c_t = A_t c_{t−1} + b_t f_t for the `count` tokens after `position` (int64 [B]), in float64.
+
+    Shapes: A [B, count, N, N], b [B, count, N].
+    """
+    start, row = _distinct(position)
+    t = (start[:, None] + torch.arange(1, count + 1, device=position.device)).double()
+    ratio = (t - 1) / t
+    ends = torch.stack([ratio, torch.ones_like(ratio)], -1)
+    return (_stretch(ratio, order) @ _nodes(order)[2])[row], _integrals(ends, order).diff(dim=-1)[..., 0][row]
+
+
+def legs_read(c: Tensor, at: Tensor) -> Tensor:
+    """The history that the coefficients hold, at fractions `at` of the time passed (0 its beginning, 1 now).
+
+    Shapes: c [..., N], at [points] in [0, 1] -> [..., points].
+    """
+    return c @ _basis(at.double(), c.shape[-1]).to(c.dtype)
+
+
+def _basis(u: Tensor, order: int) -> Tensor:
+    """√(2n + 1) P_n(2u − 1), the orthonormal polynomials on [0, 1], n < order: [..., points] -> [..., N, points]."""
+    x = 2 * u - 1
+    P = [torch.ones_like(x), x]
+    for n in range(1, order - 1):
+        P.append(((2 * n + 1) * x * P[n] - n * P[n - 1]) / (n + 1))
+    root = (2 * torch.arange(order, dtype=u.dtype, device=u.device) + 1).sqrt()
+    return root[:, None] * torch.stack(P[:order], -2)
+
+
+def _integrals(u: Tensor, order: int) -> Tensor:
+    """The integrals of the basis from 0 to u: [..., points] -> [..., N, points]."""
+    x, n = 2 * u - 1, torch.arange(order, dtype=u.dtype, device=u.device)
+    P = _basis(u, order + 1) / (2 * torch.arange(order + 1, dtype=u.dtype, device=u.device) + 1).sqrt()[:, None]
+    before = torch.cat([-torch.ones_like(x)[..., None, :], P[..., :-2, :]], -2)
+    return (P[..., 1:, :] - before) / (2 * (2 * n + 1).sqrt())[:, None]
+
+
+def _stretch(ratio: Tensor, order: int) -> Tensor:
+    """From a history's values at the nodes to its coefficients when it fills only [0, ratio]: [...] -> [..., N, N]."""
+    at, weight, _ = _nodes(order)
+    return ratio[..., None, None] * _basis(ratio[..., None] * at.to(ratio.device), order) * weight.to(ratio.device)
+
+
+@functools.cache
+def _nodes(order: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gauss–Legendre nodes and weights on [0, 1], and the matrix from coefficients to values at the nodes."""
+    x, w = np.polynomial.legendre.leggauss(order)
+    at = torch.from_numpy((x + 1) / 2)
+    return at, torch.from_numpy(w / 2), _basis(at, order).mT
+
+
+def _distinct(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The different positions, and which of them each row has: rows that go in step share their tables."""
+    return position.unique(return_inverse=True)
+
+
+def _start(f: Tensor, order: int, state: State | None) -> tuple[Tensor, Tensor]:
+    if state is not None:
+        return state["c"], state["position"]
+    c = f.new_zeros(f.shape[0], f.shape[2], order, dtype=recurrent_dtype(f))
+    return c, c.new_zeros(f.shape[0], dtype=torch.int64)
