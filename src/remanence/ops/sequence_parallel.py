@@ -1,0 +1,307 @@
+"""One sequence on many machines: each holds a piece, and they exchange states, not tokens.
+
+The state's evolution over a piece is affine, S_end = M S_start + N. Every rank reads its piece from an empty state,
+all gather the pairs (M, N) at once, and each adds what its true start contributes. Bytes do not depend on the length.
+
+Source: LASP-2, arXiv:2502.07563 (2025), extended to the dense carries of delta rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from remanence.errors import ShapeError
+from remanence.ops import taps
+from remanence.ops.decay import cumulative, floored, recurrent_dtype
+from remanence.ops.taps import Call
+from remanence.state import State, tree_map
+
+Group = Any
+
+
+def _gather(x: Tensor, group: Group) -> list[Tensor]:
+    everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, x.contiguous(), group=group)
+    return everyone
+
+
+class _Start(torch.autograd.Function):
+    """The state before this rank's tokens: `first` on rank 0, else the fold of all (M, N) to the left.
+
+    One all-gather forwards, of (M, N), and one backwards, of the gradients of the starts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, M: Tensor, N: Tensor, first: Tensor, group: Group) -> Tensor:
+        rank, dense = dist.get_rank(group), M.ndim == 4 and M.shape[-1] > 1
+        if rank == 0:
+            N = N + _apply(M, first, dense)
+        everyone = _gather(torch.cat([M.flatten(), N.flatten()]), group)
+        Ms, Ns = zip(*(x.split([M.numel(), N.numel()]) for x in everyone), strict=True)
+        start = first.expand_as(N) if rank == 0 else Ns[0].view_as(N)
+        for s in range(1, rank):
+            start = _apply(Ms[s].view_as(M), start, dense) + Ns[s].view_as(N)
+        ctx.save_for_backward(start, M, *Ms[rank + 1 :])
+        ctx.group, ctx.dense = group, dense
+        return start.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        start, M, *later = ctx.saved_tensors
+        rank, dense = dist.get_rank(ctx.group), ctx.dense
+        grads = _gather(grad, ctx.group)
+        d_N = torch.zeros_like(grad)
+        for s in reversed(range(rank + 1, len(grads))):  # of the state that this rank leaves
+            M_s = later[s - rank - 1].view_as(M)
+            d_N = grads[s] + _apply(M_s.mT if dense else M_s, d_N, dense)
+        d_M = d_N @ start.mT if dense else (d_N * start).sum_to_size(M.shape)
+        d_first = grad + _apply(M.mT if dense else M, d_N, dense) if rank == 0 else torch.zeros_like(grad)
+        return d_M, d_N, d_first, None
+
+
+def _apply(M: Tensor, S: Tensor, dense: bool) -> Tensor:
+    return M @ S if dense else M * S
+
+
+class _FromLeft(torch.autograd.Function):
+    """The left neighbour's `x`, and `first` on rank 0; gradients go the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _pass(x, first, 1, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_x = _pass(grad, torch.zeros_like(grad), -1, ctx.group)
+        return d_x, grad if dist.get_rank(ctx.group) == 0 else torch.zeros_like(grad), None
+
+
+def _pass(x: Tensor, first: Tensor, step: int, group: Group) -> Tensor:
+    """Send to the rank `step` further, receive from the one as far behind; `first` where there is none."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    requests, got = [], torch.empty_like(x, memory_format=torch.contiguous_format)
+    where = (lambda r: r) if group is None else (lambda r: dist.get_global_rank(group, r))
+    if 0 <= rank + step < size:
+        requests.append(dist.isend(x.contiguous(), where(rank + step), group=group))
+    if 0 <= rank - step < size:
+        requests.append(dist.irecv(got, where(rank - step), group=group))
+    else:
+        got = first.to(x.dtype).expand_as(x).clone()
+    for request in requests:
+        if request is not None:
+            request.wait()
+    return got
+
+
+class _GatherAll(torch.autograd.Function):
+    """Everyone's `x`, stacked on a new first axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return torch.stack(_gather(x, group))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+def from_left(x: Tensor, first: Tensor, group: Group = None) -> Tensor:
+    """The `x` of the left neighbour, and `first` on rank 0: one message to each neighbour, gradients back through it.
+
+    Shapes: `x` and `first` alike on every rank.
+    """
+    return _FromLeft.apply(x, first, group)
+
+
+def scan(log_decay: Tensor, b: Tensor, state: State | None = None, *, group: Group = None) -> tuple[Tensor, State]:
+    """`ops.scan` over a sequence of which each rank of `group` holds a piece.
+
+    Arguments and results are the rank's own tokens (pieces may differ in length, and be empty). Of `state` only rank
+    0's counts; the state returned is the one after the rank's last token, on the last rank that of the sequence.
+    Every rank must run backward through its outputs. Raises: `ShapeError`.
+    """
+    from remanence import ops
+
+    local, after = ops.scan(log_decay, b)
+    G = cumulative(floored(log_decay.to(local.dtype)), 1)
+    N = after["h"]
+    M = G[:, -1].exp().to(N.dtype) if G.shape[1] else torch.ones_like(N)
+    start = _Start.apply(M, N, _first(state, "h", N), group)
+    return local + G.exp().to(N.dtype) * start[:, None], {"h": M * start + N}
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    *,
+    chunk_size: int = 64,
+    group: Group = None,
+) -> tuple[Tensor, State]:
+    """`ops.linear_attention`, with any decay, over a sequence split as in `scan`."""
+    from remanence import ops
+
+    local, after = ops.linear_attention(query, key, value, log_decay, chunk_size=chunk_size)
+    N = after["S"]
+    M, read = torch.ones_like(N[..., :1]), query.to(N.dtype)
+    if log_decay is not None and key.shape[2]:
+        G = cumulative(floored(log_decay.to(N.dtype)), 2)
+        share = (G if G.ndim == 4 else G[..., None]).exp().to(N.dtype)
+        M, read = M * share[:, :, -1, :, None], read * share
+    start = _Start.apply(M, N, _first(state, "S", N), group)
+    return (local + read @ start).to(value.dtype), {"S": M * start + N}
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    *,
+    chunk_size: int = 64,
+    group: Group = None,
+) -> tuple[Tensor, State]:
+    """`ops.gated_delta_rule` over a sequence split as in `scan`; M is dense, K × K per head.
+
+    The rule acts on each column of S by itself, so one pass with the identity's columns beside the values' gives what
+    any start contributes, to the outputs and to the end.
+    """
+    from remanence import ops
+
+    (B, H, T, K), V = key.shape, value.shape[3]
+    one = torch.eye(K, dtype=recurrent_dtype(value), device=value.device).expand(B, H, K, K)
+    begin = {"S": torch.cat([one.new_zeros(B, H, K, V), one], -1)}
+    wide = torch.cat([value.to(one.dtype), one.new_zeros(B, H, T, K)], -1)
+    local, after = ops.gated_delta_rule(query, key, wide, beta, log_decay, begin, chunk_size=chunk_size)
+    N, M = after["S"].split([V, K], -1)
+    start = _Start.apply(M.contiguous(), N.contiguous(), _first(state, "S", N), group)
+    return (local[..., :V] + local[..., V:] @ start).to(value.dtype), {"S": M @ start + N}
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None, *, group: Group = None
+) -> tuple[Tensor, State]:
+    """`ops.causal_conv` over a sequence split as in `scan`: the tail comes from the left neighbour.
+
+    Raises: `ShapeError` when a rank holds fewer tokens than the tail, which then would come from further left.
+    """
+    from remanence import ops
+
+    width = weight.shape[1] - 1
+    if x.shape[1] < width:
+        raise ShapeError(f"causal_conv over ranks: each needs at least {width} tokens, this one has {x.shape[1]}.")
+    own = x[:, x.shape[1] - width :].to(recurrent_dtype(x))
+    tail = from_left(own, _first(state, "tail", own), group) if width else own
+    return ops.causal_conv(x, weight, bias, {"tail": tail})
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    state: State | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    group: Group = None,
+) -> tuple[Tensor, Tensor, State]:
+    """`ops.window_attention` over a sequence split into equal pieces: keys and values come from the left.
+
+    From the neighbour where the window is no longer than a piece, else by one gathering of all keys and values
+    (LASP-2H), whose bytes grow with the length. Without a state, rank r's first token is number r times a piece's.
+    """
+    from remanence import ops
+
+    reach, T, rank = window - 1, key.shape[2], dist.get_rank(group)
+    dtype = recurrent_dtype(value)
+    both = torch.cat([key, value], -1).to(dtype)
+    past = both.new_zeros(*both.shape[:2], reach, both.shape[3])
+    seen = torch.full((key.shape[0],), rank * T, dtype=torch.int64, device=key.device)
+    if state is not None:
+        past, seen = torch.cat([state["k"], state["v"]], -1).to(dtype), state["seen"]
+    if reach <= T:
+        past = from_left(both[:, :, T - reach :], past, group)
+    else:
+        first, *_ = _GatherAll.apply(past, group)
+        everyone = _GatherAll.apply(both, group)
+        past = torch.cat([first, *everyone[:rank]], 2)[:, :, -reach:]
+    k, v = past.split([key.shape[3], value.shape[3]], -1)
+    begin = {"k": k, "v": v, "seen": seen}
+    return ops.window_attention(query, key, value, window=window, state=begin, prefix=prefix)
+
+
+SPLIT: dict[str, Callable[..., Any]] = {
+    "scan": scan,
+    "linear_attention": linear_attention,
+    "gated_delta_rule": gated_delta_rule,
+    "causal_conv": causal_conv,
+    "window_attention": window_attention,
+}
+
+
+def _first(state: State | None, name: str, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if state is None else state[name].to(like.dtype)
+
+
+@contextmanager
+def sequence_parallel(group: Group = None) -> Iterator[None]:
+    """In this block every op that layers call runs over the ranks' pieces of one sequence."""
+
+    def handler(call: Call) -> Any:
+        return SPLIT[call.op](**call.arguments, group=group)
+
+    with taps.tap(handler):
+        yield
+
+
+def run_split(
+    memory: Callable[..., tuple[Tensor, State]], x: Tensor, state: State | None = None, *, group: Group = None
+) -> tuple[Tensor, State]:
+    """Run a memory over a sequence of which every rank holds a piece of the same length, in order of ranks.
+
+    Equal to the memory over the whole sequence on one machine: outputs and gradients of inputs; those of parameters
+    and of rank 0's state sum over ranks. Positions start where the rank's piece does, token shifts (state entries
+    called "shift") come from the left neighbour.
+
+    Shapes: x and y [batch, time of the piece, dim]; state as the memory's; None, or the one before the first token.
+    """
+    rank, T = dist.get_rank(group), x.shape[1]
+    before: State = memory.initial_state(x.shape[0]) if state is None else state  # type: ignore[attr-defined]
+
+    def place(t: Tensor) -> Tensor:
+        if rank == 0 or T == 0:
+            return t
+        if t.dtype == torch.bool:  # flags say that nothing has been read
+            return torch.zeros_like(t)
+        return t + rank * T if t.dtype == torch.int64 and t.ndim == 1 else t
+
+    def shifted(tree: State) -> State:
+        return {
+            name: shifted(value)
+            if isinstance(value, dict)
+            else from_left(x[:, -1].to(value.dtype).view_as(value), value, group)
+            if name == "shift"
+            else value
+            for name, value in tree.items()
+        }
+
+    with sequence_parallel(group):
+        return memory(x, shifted(tree_map(place, before)))
