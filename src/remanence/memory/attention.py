@@ -25,34 +25,70 @@ class WindowAttention(Memory):
     Keys are kept as they were turned by their absolute position (rotary, arXiv:2104.09864), in a window of fixed size.
 
     Args:
-        dim: features of input and output; a multiple of 2·heads.
+        dim: features of input and output.
         heads: independent attentions.
         window: tokens that each token sees, at least 1.
         base: the slowest rotary phase turns once in about 2π·base tokens.
+        kv_heads: heads of keys and values, each shared by heads/kv_heads of queries (arXiv:2305.13245); `heads` by
+            default. Only these are kept.
+        head_dim: features per head; dim/heads by default, which must then be whole.
+        rotary: share of each head's features that is turned, the first ones.
+        bias, out_bias: whether queries, keys and values, and the output, have biases.
 
-    Shapes: x and y [batch, time, dim]; state {"k", "v": [batch, heads, window - 1, dim/heads], "seen": int64 [batch]}.
-    Raises: `ValueError` if 2·heads does not divide `dim` or `window` < 1; `ShapeError`, `StateError` from `forward`.
+    Shapes: x and y [batch, time, dim];
+        state {"k", "v": [batch, kv_heads, window - 1, head_dim], "seen": int64 [batch]}.
+    Raises: `ValueError` on arguments out of range; `ShapeError`, `StateError` from `forward`.
     Source: Attention Is All You Need (2017), arXiv:1706.03762.
     """
 
-    def __init__(self, dim: int, *, heads: int = 4, window: int = 128, base: float = 10000.0):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        window: int = 128,
+        base: float = 10000.0,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: float = 1.0,
+        bias: bool = False,
+        out_bias: bool = False,
+    ):
         super().__init__()
+        self.dim, self.heads, self.window, self.kv_heads = dim, heads, window, kv_heads or heads
+        self.head_dim = head_dim or per_head("WindowAttention", dim, heads, multiple=2)
+        self.turned = int(rotary * self.head_dim)
         if window < 1:
             raise ValueError(f"WindowAttention: window must be at least 1, got {window}.")
-        self.dim, self.heads, self.window = dim, heads, window
-        self.head_dim = per_head("WindowAttention", dim, heads, multiple=2)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        if heads % self.kv_heads:
+            raise ValueError(f"WindowAttention: kv_heads must divide heads = {heads}, got {kv_heads}.")
+        if not 0 <= rotary <= 1 or self.turned % 2:
+            given = f"rotary={rotary}, head_dim={self.head_dim}"
+            raise ValueError(f"WindowAttention: rotary must be a share in [0, 1] of an even number, got {given}.")
+        self.widths = [n * self.head_dim for n in (heads, self.kv_heads, self.kv_heads)]
+        self.qkv = nn.Linear(dim, sum(self.widths), bias=bias)
+        self.out = nn.Linear(self.widths[0], dim, bias=out_bias)
+        pairs = torch.arange(0, self.turned, 2, dtype=torch.float64) / max(self.turned, 1)
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 
     def initial_state(self, batch: int) -> State:
-        k = zeros(self.out.weight, batch, self.heads, self.window - 1, self.head_dim)
+        k = zeros(self.out.weight, batch, self.kv_heads, self.window - 1, self.head_dim)
         return {"k": k, "v": k.clone(), "seen": k.new_zeros(batch, dtype=torch.int64)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = (rotate(part, state["seen"], self.frequencies) for part in (q, k))
-        y, _, state = ops.window_attention(q, k, v, window=self.window, state=state)
-        return self.out(merge(y).to(x.dtype)), state
+        q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = (split(part, part.shape[-1] // self.head_dim) for part in (q, k, v))
+        q, k = (self._turn(part, state["seen"]) for part in (q, k))
+        share = self.heads // self.kv_heads
+        if share > 1:  # shared when read, not in the state
+            k, v = (part.repeat_interleave(share, dim=1) for part in (k, v))
+            state = {**state, **{n: state[n].repeat_interleave(share, dim=1) for n in "kv"}}
+        y, _, after = ops.window_attention(q, k, v, window=self.window, state=state)
+        if share > 1:
+            after = {**after, **{n: after[n][:, ::share].clone() for n in "kv"}}
+        return self.out(merge(y).to(x.dtype)), after
+
+    def _turn(self, x: Tensor, start: Tensor) -> Tensor:
+        turned, rest = x[..., : self.turned], x[..., self.turned :]
+        return torch.cat([rotate(turned, start, self.frequencies), rest], dim=-1)

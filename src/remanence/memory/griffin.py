@@ -56,7 +56,8 @@ class Griffin(Memory):
 
     $u$ is W_2 x after the convolution, $\log a_t = -8 r_t \mathrm{softplus}(Λ)$, and both gates $r, i$ are sigmoids of
     block-diagonal maps of $u$. A stream's very first token is written with factor 1: `state["empty"]` says whether
-    it is still to come. The paper's pattern of two such blocks and one of local attention is the model's business.
+    it is still to come. GeLU is its tanh approximation, as in the published models; `RecurrentGemma` is their pattern
+    of two such blocks and one of local attention.
 
     Args:
         dim: features of input and output.
@@ -96,4 +97,4 @@ class Griffin(Memory):
         scale = torch.where(first[..., None], 1.0, BoundedSqrt.apply(-torch.expm1(2 * log_a)))
         h, after = ops.scan(log_a, scale * wide(self.input_gate(gated)).sigmoid() * u, {"h": state["h"]})
         empty = state["empty"] & (x.shape[1] == 0)
-        return self.out(F.gelu(branch) * h.to(x.dtype)), {**after, "empty": empty, "conv": conv}
+        return self.out(F.gelu(branch, approximate="tanh") * h.to(x.dtype)), {**after, "empty": empty, "conv": conv}

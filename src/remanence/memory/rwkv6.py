@@ -1,0 +1,103 @@
+"""RWKV-6: a matrix memory with input-chosen decays per key feature and input-chosen token shifts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence import ops
+from remanence.catalogue import card
+from remanence.memory.base import Memory
+from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.state import State
+
+
+@card(
+    "rwkv6",
+    kind="memory",
+    says="A matrix memory that is read before it is written, with input-chosen decays and token shifts (Finch).",
+    source="arXiv:2404.05892",
+    small={"dim": 8, "heads": 2, "mix_rank": 3, "decay_rank": 3, "layers": 2},
+    parents=("rwkv",),
+    change="the state becomes a matrix; decays and token shifts depend on the input",
+)
+class RWKV6(Memory):
+    r"""Finch's time mixing: $y_t = r_t^\top (S_{t-1} + \mathrm{Diag}(u) k_t v_t^\top)$.
+
+    Only then $S_t = \mathrm{Diag}(e^{g_t}) S_{t-1} + k_t v_t^\top$. Each of w, k, v, r, g sees its own blend of the
+    token and the one before, $x + (x' - x) ⊙ (μ + \tanh((x + (x' - x) ⊙ μ_x) A) B)$. The log decay is $-\exp(w_0 +
+    \tanh(x_w A_w) B_w)$. Each head is normalised, then gated by SiLU.
+
+    Args:
+        dim: features of input and output; a multiple of `heads`.
+        heads: independent memories (the published models have 64 features per head).
+        mix_rank, decay_rank: ranks of the maps that choose the blends and the decay.
+        layer, layers: place in the stack, counted from 0, which sets the initial blends, decays and bonuses.
+        eps: of the norm; 64·10⁻⁵ in the published models.
+
+    Shapes: x and y [batch, time, dim]; state {"S": [batch, heads, K, K], "shift": [batch, dim]}, K = dim/heads.
+    Raises: `ValueError` if `heads` does not divide `dim`; `ShapeError`, `StateError` from `forward`.
+    Source: Eagle and Finch (2024), arXiv:2404.05892.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        mix_rank: int = 32,
+        decay_rank: int = 64,
+        layer: int = 0,
+        layers: int = 1,
+        eps: float = 64e-5,
+    ):
+        super().__init__()
+        self.dim, self.heads = dim, heads
+        self.head_dim = per_head("RWKV6", dim, heads)
+        depth, height = layer / max(layers - 1, 1), 1 - layer / layers
+        ramp = torch.arange(dim) / dim
+        slow, fast = 1 - ramp**height, 1 - ramp ** (0.5 * height)
+        self.mix_all = nn.Parameter(slow.clone())
+        self.mix = nn.Parameter(torch.stack([slow, slow, slow - 0.3 * depth, fast, fast]))  # of w, k, v, r, g
+        self.mix_down = nn.Parameter(torch.zeros(dim, 5 * mix_rank))
+        self.mix_up = nn.Parameter(torch.empty(5, mix_rank, dim).uniform_(-0.01, 0.01))
+        channel = torch.arange(dim) / max(dim - 1, 1)
+        self.decay_base = nn.Parameter(-6 + 5 * channel ** (0.7 + 1.3 * depth))
+        self.decay_down = nn.Parameter(torch.zeros(dim, decay_rank))
+        self.decay_up = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-0.01, 0.01))
+        zigzag = 0.1 * ((torch.arange(dim) + 1) % 3 - 1)
+        self.bonus = nn.Parameter((depth * (1 - channel) + zigzag).view(heads, 1, -1))
+        self.key, self.value, self.receptance, self.gate, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(5))
+        self.norm = nn.GroupNorm(heads, dim, eps=eps)
+
+    def initial_state(self, batch: int) -> State:
+        S = zeros(self.out.weight, batch, self.heads, self.head_dim, self.head_dim)
+        return {"S": S, "shift": zeros(self.out.weight, batch, self.dim)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        seen = torch.cat([state["shift"][:, None], wide(x)], 1)
+        change = seen[:, :-1].to(x.dtype) - x
+        chosen = torch.tanh((x + change * self.mix_all) @ self.mix_down).unflatten(-1, (5, -1))
+        blend = self.mix + torch.einsum("btnr,nrd->btnd", chosen, self.mix_up)
+        w, k, v, r, g = (x[:, :, None] + change[:, :, None] * blend).unbind(2)
+        decay = -torch.exp(wide(self.decay_base) + wide(torch.tanh(w @ self.decay_down) @ self.decay_up))
+        r, k, v = (split(part, self.heads) for part in (self.receptance(r), self.key(k), self.value(v)))
+        y, S = read_before_write(r, k, v, split(decay, self.heads), wide(self.bonus), state["S"])
+        y = self.norm(merge(y).to(x.dtype).flatten(0, 1)).view_as(x)
+        return self.out(y * F.silu(self.gate(g))), {"S": S, "shift": seen[:, -1]}
+
+
+def read_before_write(
+    r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y_t = r_tᵀ (S_{t−1} + Diag(u) k_t v_tᵀ),  S_t = Diag(exp g_t) S_{t−1} + k_t v_tᵀ.
+
+    What a token reads before it is written, the token before it reads after: the queries move up by one.
+    Shapes: r, k, log_decay [B, H, T, K], v and y [B, H, T, V], bonus u [H, 1, K], S [B, H, K, V].
+    """
+    later = torch.cat([r[:, :, 1:], torch.zeros_like(r[:, :, :1])], 2)
+    y, after = ops.linear_attention(later, k, v, log_decay, {"S": S})
+    y = torch.cat([r[:, :, :1] @ S, y[:, :, :-1]], 2)
+    return y + (r * bonus * k).sum(-1, keepdim=True) * v, after["S"]
