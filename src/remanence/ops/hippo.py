@@ -72,9 +72,10 @@ def legs(f: Tensor, order: int, state: State | None = None) -> tuple[Tensor, Sta
         edges = (start[:, None] + torch.arange(n + 1, device=f.device)).double()
         ratio = (edges[:, None, :] / edges[:, 1:, None]).clamp(max=1)  # of step borders j to times t: [rows, n, n + 1]
         from_new = _integrals(ratio, order).diff(dim=-1)  # [rows, n, N, n]: zero for what is still to come
-        from_old = _stretch(edges[:, :1] / edges[:, 1:], order) @ _nodes(order)[2]  # [rows, n, N, N]
+        from_old = _stretch(edges[:, :1] / edges[:, 1:], order)  # [rows, n, N, N]
         weights = torch.cat([from_new, from_old], -1).to(c.dtype)[row]
-        c_all = torch.einsum("btnj,bfj->btfn", weights, torch.cat([piece.mT, c], -1))
+        held = torch.cat([piece.mT, c @ _nodes(order)[2].mT.to(c)], -1)  # new values, and old ones at the nodes
+        c_all = torch.einsum("btnj,bfj->btfn", weights, held)
         out.append(c_all)
         if n:
             c = c_all[:, -1]
@@ -91,7 +92,7 @@ def legs_transitions(position: Tensor, count: int, order: int) -> tuple[Tensor, 
     t = (start[:, None] + torch.arange(1, count + 1, device=position.device)).double()
     ratio = (t - 1) / t
     ends = torch.stack([ratio, torch.ones_like(ratio)], -1)
-    return (_stretch(ratio, order) @ _nodes(order)[2])[row], _integrals(ends, order).diff(dim=-1)[..., 0][row]
+    return (_stretch(ratio, order) @ _nodes(order)[2].to(ratio))[row], _integrals(ends, order).diff(dim=-1)[..., 0][row]
 
 
 def legs_read(c: Tensor, at: Tensor) -> Tensor:
