@@ -154,7 +154,7 @@ def test_a_vector_memory_learns_to_copy_one_letter_and_untrained_it_does_not():
 
 
 def test_names_and_misspelt_names():
-    assert benchmarks.names() == ["copying", "mqar", "state-tracking"]
+    assert {"copying", "mqar", "recall-at-bytes", "selectivbench", "state-tracking"} <= set(benchmarks.names())
     with pytest.raises(UnknownName, match="did you mean 'mqar'"):
         benchmarks.run("mqra")
     with pytest.raises(UnknownName, match="did you mean 'gated-deltanet'"):

@@ -1,19 +1,36 @@
 """Synthetic benchmarks: what a memory can hold, find again and keep track of, on the same data for each.
 
-`names` lists them, `run` compares memories on one. Each is a card of kind "benchmark".
+`names` lists them, `run` compares memories on one. Each is a card of kind "benchmark": a function that returns tasks
+by name, or a `Suite` where what takes part is not simply one stack per memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from remanence import catalogue
 from remanence.catalogue import card
+from remanence.errors import unknown
 from remanence.evaluation.benchmarks.tasks import S5, Copying, Parity, Recall, Task
+
+if TYPE_CHECKING:
+    from remanence.evaluation.benchmarks.training import Entry
 
 MEMORIES = ("gated-deltanet", "linear-attention", "min-lstm", "sliding-window")
 """What is compared when no memory is named."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks, and how memories take part in them: `entries` turns their names into what is trained."""
+
+    tasks: Mapping[str, Task]
+    entries: Callable[[Sequence[str]], Sequence[str | Entry]] = list
+    training: Mapping[str, Any] | None = None
 
 
 @card(
@@ -51,6 +68,23 @@ def names() -> list[str]:
     return sorted(catalogue.cards("benchmark"))
 
 
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """`["pairs=16", "retrieval=true"]` as a dictionary of numbers, truths and words.
+
+    Raises: `ValueError` for what is not NAME=VALUE.
+    """
+    settings: dict[str, Any] = {}
+    for part in given:
+        name, equals, value = part.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"A setting reads like pairs=16, got {part!r}.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
 def run(
     name: str, memories: Sequence[str] | None = None, *, seed: int = 0, quick: bool = False, **settings: Any
 ) -> list[dict[str, Any]]:
@@ -58,15 +92,26 @@ def run(
 
     Args:
         name: one of `names()`.
-        memories: names from the catalogue; None compares `MEMORIES`.
+        memories: names from the catalogue, or patterns such as `"3*gla, softmax"`; None compares `MEMORIES`.
         seed: of data and weights.
         quick: half the steps: some seconds for each memory, not always enough to learn what it could.
-        settings: of `remanence.evaluation.benchmarks.training.run_benchmark`: steps, dim, layers, batch, rate.
+        settings: of the benchmark itself (`pairs=16`), or of `remanence.evaluation.benchmarks.training.run_benchmark`:
+            steps, dim, layers, batch, rate.
 
-    Raises: `UnknownName`, with the nearest name, for a benchmark or memory that there is not.
+    Raises: `UnknownName`, with the nearest name, for a benchmark, memory or setting that there is not.
     """
     from remanence.evaluation.benchmarks.training import STEPS, run_benchmark
 
-    tasks = catalogue.find(name, "benchmark").make()
-    steps = settings.pop("steps", STEPS // 2 if quick else STEPS)
-    return run_benchmark(tasks, MEMORIES if memories is None else memories, steps=steps, seed=seed, **settings)
+    make = catalogue.find(name, "benchmark").make
+    own = set(inspect.signature(make).parameters)
+    common = {"steps", "dim", "layers", "batch", "rate", "arguments"}
+    for setting in settings:
+        if setting not in own | common:
+            raise unknown(f"setting of {name}", setting, own | common - {"arguments"})
+    made = make(**{k: v for k, v in settings.items() if k in own})
+    suite = made if isinstance(made, Suite) else Suite(made)
+    training = {"steps": STEPS, **(suite.training or {})}
+    training |= {k: v for k, v in settings.items() if k not in own}
+    if quick and "steps" not in settings:
+        training["steps"] //= 2
+    return run_benchmark(suite.tasks, suite.entries(MEMORIES if memories is None else memories), seed=seed, **training)

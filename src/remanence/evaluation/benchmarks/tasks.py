@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -25,6 +26,19 @@ class Batch(NamedTuple):
     mask: Tensor
 
 
+class GroupedBatch(NamedTuple):
+    """A batch whose inputs may be numbers, and where several positions give one answer together.
+
+    Shapes: `inputs` int64 [batch, time] or floating [batch, time, features]; `targets`, `mask` as in `Batch`;
+    `groups` int64 [batch, time]: masked positions of a row with the same number answer once.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    groups: Tensor
+
+
 class Task(ABC):
     """Where batches come from: `vocabulary` tokens, and `chance`, the accuracy of the best guess."""
 
@@ -39,12 +53,34 @@ class Task(ABC):
         """Accuracy of who knows which answers are possible, but remembers nothing of the order."""
 
     @abstractmethod
-    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+    def draw(self, batch: int, generator: torch.Generator) -> Batch | GroupedBatch:
         """`batch` fresh sequences; the same for the same state of `generator`."""
 
     @abstractmethod
     def longer(self) -> Task:
         """The same task, with twice as much to hold, or twice as long."""
+
+    @property
+    def exams(self) -> Mapping[str, Task]:
+        """What a model trained on this task is examined on: a column of the table, and the task it comes from."""
+        return {"accuracy": self, "longer": self.longer()}
+
+
+def score(logits: Tensor, batch: Batch | GroupedBatch) -> tuple[int, int]:
+    """Right answers and all answers of a batch: the likeliest token; over a group, of the mean probabilities.
+
+    Shapes: logits [batch, time, vocabulary].
+    """
+    mask = batch.mask
+    if isinstance(batch, Batch):
+        return int((logits.argmax(-1) == batch.targets)[mask].sum()), int(mask.sum())
+    row = torch.arange(mask.shape[0])[:, None].expand_as(mask)
+    width = int(batch.groups.max()) + 1
+    index = (row * width + batch.groups)[mask]
+    _, index = index.unique(return_inverse=True)
+    together = logits.new_zeros(int(index.max()) + 1, logits.shape[-1]).index_add_(0, index, logits.softmax(-1)[mask])
+    target = torch.zeros(len(together), dtype=torch.long).index_put_((index,), batch.targets[mask])
+    return int((together.argmax(-1) == target).sum()), len(together)
 
 
 def _distinct(batch: int, many: int, of: int, generator: torch.Generator) -> Tensor:

@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from remanence import catalogue, state
-from remanence.evaluation.benchmarks.tasks import Task
-from remanence.models.language import LanguageModel
+from remanence.evaluation.benchmarks.tasks import Task, score
+from remanence.models.language import LanguageModel, parse_pattern
 
 STEPS = 400
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"sliding-window": {"window": 8}}
 """Arguments of memories in the benchmarks: two layers of this window reach no further back than the pause of `mqar`."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What takes part: a stack by its pattern, under a title; `dim` and `arguments` where they are not the common ones.
+
+    A pattern of a single name stands for as many such layers as the benchmark stacks.
+    """
+
+    title: str
+    pattern: str
+    dim: int | None = None
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Reader(LanguageModel):
+    """A language model that also reads numbers: a token given as features is the same mixture of embeddings.
+
+    Shapes: `tokens` int64 [batch, time], or floating [batch, time, features] with features ≤ vocabulary.
+    """
+
+    def _embed(self, tokens: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
+        if not tokens.is_floating_point():
+            return super()._embed(tokens, recent)
+        return tokens @ self.embedding.weight[: tokens.shape[-1]], recent
+
+
 def accuracy(model: LanguageModel, task: Task, *, batches: int, batch: int, seed: int) -> float:
-    """Share of masked positions answered rightly, on `batches` fresh batches of `seed`."""
+    """Share of the answers that are right, on `batches` fresh batches of `seed`."""
     generator = torch.Generator().manual_seed(seed)
     right = total = 0
     with torch.no_grad():
         for _ in range(batches):
-            inputs, targets, mask = task.draw(batch, generator)
-            right += int((model(inputs)[0].argmax(-1) == targets)[mask].sum())
-            total += int(mask.sum())
+            drawn = task.draw(batch, generator)
+            found, asked = score(model(drawn.inputs)[0], drawn)
+            right, total = right + found, total + asked
     return right / total
 
 
@@ -42,22 +69,24 @@ def train(
     rate: float,
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> LanguageModel:
-    """A stack of `layers` memories of one name, after `steps` batches of the task; `seed` fixes data and weights.
+    """A stack after `steps` batches of the task; `seed` fixes data and weights.
 
-    AdamW, the rate warmed up over a tenth of the steps and lowered to zero along a cosine.
+    `name` is a pattern as in `LanguageModel`; a single name means `layers` of it. AdamW, the rate warmed up over a
+    tenth of the steps and lowered to zero along a cosine.
     """
+    pattern = f"{layers}*{name}" if len(parse_pattern(name)) == 1 and "*" not in name else name
     # The initial weights come from the global generator: it is put back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LanguageModel(f"{layers}*{name}", vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=arguments)
+        model = Reader(pattern, vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=rate, total_steps=steps, pct_start=min(0.1, 1 - 1 / steps), cycle_momentum=False
     )
     data = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        inputs, targets, mask = task.draw(batch, data)
-        loss = F.cross_entropy(model(inputs)[0][mask], targets[mask])
+        drawn = task.draw(batch, data)
+        loss = F.cross_entropy(model(drawn.inputs)[0][drawn.mask], drawn.targets[drawn.mask])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -68,7 +97,7 @@ def train(
 
 def run_benchmark(
     tasks: Mapping[str, Task],
-    memories: Sequence[str],
+    memories: Sequence[str | Entry],
     *,
     steps: int = STEPS,
     seed: int = 0,
@@ -78,35 +107,46 @@ def run_benchmark(
     rate: float = 5e-3,
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> list[dict[str, Any]]:
-    """A row per task and memory: `task`, `memory`, `accuracy`, `longer` (accuracy on `task.longer()`, which no training
-    saw), `chance`, `state_bytes` (one sequence), `parameters`, `seconds` (training).
+    """A row per task and memory: `task`, `memory`, a share of right answers for each of the task's `exams` (most
+    have `accuracy` and `longer`, on what no training saw), `chance`, `state_bytes` (one sequence as it was
+    trained on, once it is read), `parameters`, `seconds` (training).
 
-    Every memory trains on the same batches and is examined on the same others.
+    Every memory trains on the same batches and is examined on the same others. A memory is a name, a pattern like
+    `"3*gla, softmax"`, or an `Entry`.
 
     `arguments` go to the memories by name; they are named in the row's `memory`.
 
     Raises: `UnknownName` for a memory that nothing goes by, before anything is trained.
     """
-    for name in memories:
+    entries = [m if isinstance(m, Entry) else Entry(_titled(m, arguments), m) for m in memories]
+    for name in {name for entry in entries for name in parse_pattern(entry.pattern)}:
         catalogue.find(name, "memory")
-    how: dict[str, Any] = {"steps": steps, "dim": dim, "layers": layers, "batch": batch, "rate": rate}
     rows = []
     for title, task in tasks.items():
-        for name in memories:
+        for entry in entries:
+            how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch}
             start = time.perf_counter()
-            model = train(name, task, seed=seed, arguments=arguments, **how)
+            given = {**arguments, **entry.arguments}
+            model = train(entry.pattern, task, seed=seed, rate=rate, arguments=given, **how)
             seconds = time.perf_counter() - start
             exam = {"batches": 4, "batch": 64, "seed": seed + 2**32}
+            one = task.draw(1, torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                held = model(one.inputs)[1]
             rows.append(
-                {
-                    "task": title,
-                    "memory": name + "".join(f" {k}={v}" for k, v in arguments.get(name, {}).items()),
-                    "accuracy": accuracy(model, task, **exam),
-                    "longer": accuracy(model, task.longer(), **exam),
+                {"task": title, "memory": entry.title}
+                | {column: accuracy(model, examined, **exam) for column, examined in task.exams.items()}
+                | {
                     "chance": task.chance,
-                    "state_bytes": state.nbytes(model.initial_state(1)),
+                    "state_bytes": state.nbytes(held),
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "seconds": round(seconds, 1),
                 }
             )
     return rows
+
+
+def _titled(pattern: str, arguments: Mapping[str, Mapping[str, Any]]) -> str:
+    """A pattern with the arguments that its memories are given."""
+    told = (f" {k}={v}" for name in dict.fromkeys(parse_pattern(pattern)) for k, v in arguments.get(name, {}).items())
+    return pattern + "".join(told)
