@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,3 +117,27 @@ class GatedReadout(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         return self.out(merge(self.norm(y.to(x.dtype))) * F.silu(self.gate(x)))
+
+
+class Derived:
+    """What a layer computes from its parameters alone, kept for as long as they keep their values.
+
+    Decoding would else derive it again for every token. Values are compared, not versions: weights may change while
+    they serve, in ways that no version counts. While gradients are recorded it is computed afresh.
+    """
+
+    def __init__(self, make: Callable[..., Any]):
+        self.make = make
+        self.seen: tuple[Tensor, ...] = ()
+        self.made: Any = None
+
+    def __call__(self, *parameters: Tensor) -> Any:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self.make(*parameters)
+        if len(self.seen) != len(parameters) or not all(map(_same, self.seen, parameters)):
+            self.seen, self.made = tuple(p.detach().clone() for p in parameters), self.make(*parameters)
+        return self.made
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
