@@ -13,6 +13,10 @@ BAND = 64
 """Features that are handled together: enough to fill vectors, few enough for a replayed chunk to stay in the cache."""
 CHUNK = 32
 """Tokens between two states that are kept for the gradients."""
+_S, _V, _R, _W, _KEEP, _A, _B, _D_Y, _D_S, _D_V, _ROWS = (np.uintp(n * BAND) for n in range(11))
+"""Rows of BAND numbers that `backward` holds per token. One array with fixed distances: then loops vectorise, which
+they do not where the compiler must first ask whether a dozen arrays overlap, or (hence unsigned) an index is < 0."""
+_ALL = np.uintp(BAND)
 
 
 @jit
@@ -47,6 +51,12 @@ def forward(first, last, score, value, log_decay, bonus, a, b, m, y, kept_a, kep
 
 
 @jit
+def _fill(row, at, source):
+    for d in range(np.uintp(source.shape[0])):
+        row[at + d] = source[d]
+
+
+@jit
 def backward(
     first,
     last,
@@ -66,66 +76,79 @@ def backward(
     d_bonus,
 ):
     """d_a and d_b come as the gradients of the final state, and are overwritten with those of the first one."""
-    D, T = score.shape[2], score.shape[1]
-    kind = score.dtype
-    one = kind.type(1)
+    T, D = score.shape[1:]
+    one = score.dtype.type(1)
+    rows = np.zeros(10 * CHUNK * BAND, score.dtype)
+    a, b, sum_g, sum_u, back_a, back_b = _S, _V, _R, _W, _KEEP, _A
+    now = np.zeros(6 * BAND, score.dtype)
+    p, g, u = _S, _V, _R
+    exponent = np.zeros(3 * BAND)
     for band in range(first, last):
         lo, hi = band * BAND, min(band * BAND + BAND, D)
-        g, u = log_decay[lo:hi], bonus[lo:hi]
-        old_a, old_b = np.empty((CHUNK, BAND), kind), np.empty((CHUNK, BAND), kind)
-        read, write = np.empty((CHUNK, BAND), kind), np.empty((CHUNK, BAND), kind)
-        sum_g, sum_u = np.empty(BAND, kind), np.empty(BAND, kind)
-        num, den, p = np.empty(BAND, kind), np.empty(BAND, kind), np.empty(BAND, np.float64)
+        n = hi - lo
+        _fill(exponent, g, log_decay[lo:hi])
+        _fill(exponent, u, bonus[lo:hi])
         for i in range(score.shape[0]):
-            carried_a, carried_b = d_a[i, lo:hi], d_b[i, lo:hi]
+            _fill(now, back_a, d_a[i, lo:hi])
+            _fill(now, back_b, d_b[i, lo:hi])
             for c in range((T + CHUNK - 1) // CHUNK - 1, -1, -1):
                 start, stop = c * CHUNK, min(c * CHUNK + CHUNK, T)
-                for d in range(hi - lo):
-                    num[d], den[d], p[d] = kept_a[i, c, lo + d], kept_b[i, c, lo + d], kept_m[i, c, lo + d]
-                    sum_g[d] = 0
-                    sum_u[d] = 0
+                _fill(now, a, kept_a[i, c, lo:hi])
+                _fill(now, b, kept_b[i, c, lo:hi])
+                _fill(exponent, p, kept_m[i, c, lo:hi])
+                now[2 * BAND : 4 * BAND] = 0
                 for t in range(start, stop):
-                    j = t - start
-                    s, v = score[i, t, lo:hi], value[i, t, lo:hi]
-                    r, w, before_a, before_b = read[j], write[j], old_a[j], old_b[j]
-                    for d in range(hi - lo):
-                        old = p[d] + g[d]
-                        r[d] = p[d] - (s[d] + u[d])
-                        w[d] = old - s[d]
-                        p[d] = max(old, np.float64(s[d]))
-                    for d in range(hi - lo):
-                        before_a[d], before_b[d] = num[d], den[d]
-                        x = decay(-abs(w[d]))
-                        past, now = (one, x) if w[d] >= 0 else (x, one)
-                        num[d] = past * num[d] + now * v[d]
-                        den[d] = past * den[d] + now
+                    r = np.uintp(t - start) * _ROWS
+                    _fill(rows, r + _S, score[i, t, lo:hi])
+                    _fill(rows, r + _V, value[i, t, lo:hi])
+                    _fill(rows, r + _D_Y, d_y[i, t, lo:hi])
+                    for d in range(_ALL):
+                        s = np.float64(rows[r + _S + d])
+                        old = exponent[p + d] + exponent[g + d]
+                        rows[r + _R + d] = exponent[p + d] - (s + exponent[u + d])
+                        rows[r + _W + d] = old - s
+                        exponent[p + d] = max(old, s)
+                    for d in range(_ALL):
+                        v, num, den = rows[r + _V + d], now[a + d], now[b + d]
+                        x = decay(-abs(rows[r + _R + d]))
+                        ahead = rows[r + _R + d] >= 0
+                        past, present = one if ahead else x, x if ahead else one
+                        size = one / (past * den + present)
+                        y = (past * num + present * v) * size
+                        share = rows[r + _D_Y + d] * size
+                        to_bonus = present * share * (v - y)
+                        now[sum_u + d] += to_bonus
+                        rows[r + _D_S + d] = to_bonus
+                        rows[r + _D_V + d] = present * share
+                        rows[r + _R + d] = past * share  # from here on, what the read gives back to a
+                        rows[r + _D_Y + d] = past * share * y  # and takes from b
+                        x = decay(-abs(rows[r + _W + d]))
+                        ahead = rows[r + _W + d] >= 0
+                        past, present = one if ahead else x, x if ahead else one
+                        rows[r + _KEEP + d] = past
+                        rows[r + _W + d] = present
+                        rows[r + _A + d] = num
+                        rows[r + _B + d] = den
+                        now[a + d] = past * num + present * v
+                        now[b + d] = past * den + present
                 for t in range(stop - 1, start - 1, -1):
-                    j = t - start
-                    v, given, d_s, d_v = (
-                        value[i, t, lo:hi],
-                        d_y[i, t, lo:hi],
-                        d_score[i, t, lo:hi],
-                        d_value[i, t, lo:hi],
-                    )
-                    r, w, before_a, before_b = read[j], write[j], old_a[j], old_b[j]
-                    for d in range(hi - lo):
-                        x = decay(-abs(w[d]))
-                        past, now = (one, x) if w[d] >= 0 else (x, one)
-                        to_v = now * carried_a[d]
-                        to_s = now * (carried_a[d] * v[d] + carried_b[d])
-                        back_a, back_b = past * carried_a[d], past * carried_b[d]
-                        sum_g[d] += back_a * before_a[d] + back_b * before_b[d]
-                        x = decay(-abs(r[d]))
-                        past, now = (one, x) if r[d] >= 0 else (x, one)
-                        size = one / (past * before_b[d] + now)
-                        y = (past * before_a[d] + now * v[d]) * size
-                        share = given[d] * size
-                        present = now * share * (v[d] - y)
-                        sum_u[d] += present
-                        d_v[d] = to_v + now * share
-                        d_s[d] = to_s + present
-                        carried_a[d] = back_a + past * share
-                        carried_b[d] = back_b - past * share * y
-                for d in range(hi - lo):
-                    d_decay[i, lo + d] += sum_g[d]
-                    d_bonus[i, lo + d] += sum_u[d]
+                    r = np.uintp(t - start) * _ROWS
+                    for d in range(_ALL):
+                        past, present = rows[r + _KEEP + d], rows[r + _W + d]
+                        num, den = now[back_a + d], now[back_b + d]
+                        rows[r + _D_V + d] += present * num
+                        rows[r + _D_S + d] += present * (num * rows[r + _V + d] + den)
+                        now[sum_g + d] += past * (num * rows[r + _A + d] + den * rows[r + _B + d])
+                        now[back_a + d] = past * num + rows[r + _R + d]
+                        now[back_b + d] = past * den - rows[r + _D_Y + d]
+                    d_s, d_v = d_score[i, t, lo:hi], d_value[i, t, lo:hi]
+                    for d in range(np.uintp(n)):
+                        d_s[d] = rows[r + _D_S + d]
+                    for d in range(np.uintp(n)):
+                        d_v[d] = rows[r + _D_V + d]
+                for d in range(np.uintp(n)):
+                    d_decay[i, np.uintp(lo) + d] += now[sum_g + d]
+                    d_bonus[i, np.uintp(lo) + d] += now[sum_u + d]
+            for d in range(np.uintp(n)):
+                d_a[i, np.uintp(lo) + d] = now[back_a + d]
+                d_b[i, np.uintp(lo) + d] = now[back_b + d]
