@@ -130,12 +130,16 @@ class Derived:
         self.make = make
         self.seen: tuple[Tensor, ...] = ()
         self.made: Any = None
+        self.inference = False  # tensors made in inference mode cannot take part in gradients later
 
     def __call__(self, *parameters: Tensor) -> Any:
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return self.make(*parameters)
-        if len(self.seen) != len(parameters) or not all(map(_same, self.seen, parameters)):
+        inference = torch.is_inference_mode_enabled()
+        known = len(self.seen) == len(parameters) and self.inference == inference
+        if not known or not all(map(_same, self.seen, parameters)):
             self.seen, self.made = tuple(p.detach().clone() for p in parameters), self.make(*parameters)
+            self.inference = inference
         return self.made
 
 

@@ -108,7 +108,7 @@ def _basis(u: Tensor, order: int) -> Tensor:
     x = 2 * u - 1
     P = [torch.ones_like(x), x]
     for n in range(1, order - 1):
-        P.append(((2 * n + 1) * x * P[n] - n * P[n - 1]) / (n + 1))
+        P.append(torch.addcmul(P[n - 1] * (-n / (n + 1)), x, P[n], value=(2 * n + 1) / (n + 1)))
     root = (2 * torch.arange(order, dtype=u.dtype, device=u.device) + 1).sqrt()
     return root[:, None] * torch.stack(P[:order], -2)
 
