@@ -106,17 +106,41 @@ class DecayGate(nn.Module):
 class GatedReadout(nn.Module):
     """What a matrix memory does with what it read: normalise each head, gate by SiLU(W_g x), project to `dim`.
 
+    Args:
+        affine: whether the norm has weights; `eps` is its smallest variance.
+        activation: of the gate; None leaves the gate out.
+        rank: of the gate, whose projection is then W₂W₁x + b.
+
     Shapes: y [batch, heads, time, width per head], x [batch, time, dim] -> [batch, time, dim].
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, *, affine: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        affine: bool = True,
+        eps: float = 1e-5,
+        activation: Callable[[Tensor], Tensor] | None = F.silu,
+        rank: int | None = None,
+    ):
         super().__init__()
-        self.norm = nn.RMSNorm(head_dim, eps=1e-5, elementwise_affine=affine)
-        self.gate = nn.Linear(dim, heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        width = heads * head_dim
+        self.norm = nn.RMSNorm(head_dim, eps=eps, elementwise_affine=affine)
+        self.activation = activation
+        self.gate: nn.Module | None = None
+        if activation is not None and rank is None:
+            self.gate = nn.Linear(dim, width, bias=False)
+        elif activation is not None and rank is not None:
+            self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, width))
+        self.out = nn.Linear(width, dim, bias=False)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        return self.out(merge(self.norm(y.to(x.dtype))) * F.silu(self.gate(x)))
+        y = merge(self.norm(y.to(x.dtype)))
+        if self.gate is not None and self.activation is not None:
+            y = y * self.activation(self.gate(x))
+        return self.out(y)
 
 
 class Derived:
