@@ -51,9 +51,8 @@ class SMR(Memory):
         self.conv = ShortConv(dim, width)
         nn.init.zeros_(self.conv.weight)
         self.conv.bias = nn.Parameter(torch.full((dim,), 0.0 if squash else 1.0))
-        if isinstance(inner, str):
-            inner = catalogue.find(inner, "memory").make(dim, **(arguments or {}))
-        self.inner: Memory = inner
+        made = catalogue.find(inner, "memory").make(dim, **(arguments or {})) if isinstance(inner, str) else inner
+        self.inner: Memory = made
         if self.inner.dim != dim:
             raise ValueError(f"SMR: the inner memory must have dim={dim}, got {self.inner.dim}.")
 

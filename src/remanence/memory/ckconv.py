@@ -1,0 +1,172 @@
+"""CKConv: a causal convolution whose kernel is a small network of relative time."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence.catalogue import card
+from remanence.memory.base import Memory
+from remanence.memory.parts import Derived, wide, zeros
+from remanence.ops.long_conv import long_conv
+from remanence.state import State
+
+
+class NormedLinear(nn.Linear):
+    """A linear map with the lengths of its rows kept apart (weight norm, arXiv:1602.07868). [..., in] to [..., out]."""
+
+    def __init__(self, wide_in: int, wide_out: int, bound: float):
+        super().__init__(wide_in, wide_out)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -1, 1)
+        self.gain = nn.Parameter(self.weight.detach().norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = wide(self.gain)[:, None] * F.normalize(wide(self.weight), dim=1)
+        return F.linear(x, weight, wide(self.bias))
+
+
+class KernelNet(nn.Sequential):
+    r"""A network of sines, $x ← \sin(ω(W x + b))$ twice and a linear map: relative positions [L] to values [L, out].
+
+    Source: the initialisation is that of SIREN, arXiv:2006.09661 (2020), with biases uniform in (-1, 1).
+    """
+
+    def __init__(self, out: int, *, hidden: int = 32, omega: float = 30.0):
+        bound = math.sqrt(6 / hidden) / omega
+        super().__init__(
+            NormedLinear(1, hidden, 1.0), NormedLinear(hidden, hidden, bound), NormedLinear(hidden, out, bound)
+        )
+        self.omega = omega
+
+    def forward(self, position: Tensor) -> Tensor:
+        x = position[:, None]
+        for i, layer in enumerate(self):
+            x = layer(torch.sin(self.omega * x) if i else x)
+        return x
+
+
+@card(
+    "ckconv",
+    kind="memory",
+    says="A convolution over a long horizon whose kernel is a network of time, so that it may be sampled at any rate.",
+    source="arXiv:2102.02611",
+    small={"dim": 3, "horizon": 6, "hidden": 4, "omega": 3.0},
+)
+class CKConv(Memory):
+    r"""$y_t = b + \sum_{l < L} K(1 - 2l/(L-1)) x_{t-l}$, K a network of sines: position 1 is now, -1 the horizon's end.
+
+    What is older than the horizon is dropped. `at_rate(r)` reads the same signal sampled r times as finely: more taps
+    at the same times, each weighing 1/r, smoothed where r > 1 (Gaussian of half a sample). Here now is always at 1; the
+    published code anchors the other end.
+
+    Args:
+        dim: features of input and output.
+        horizon: L, taps at the rate of training.
+        hidden: width of the kernel's network.
+        omega: ω, how fast a kernel may vary; the paper tunes it between 1 and 100.
+        depthwise: each feature by itself; else the kernel mixes features, and has dim²·horizon values.
+
+    Shapes: x and y [batch, time, dim]; state {"tail": [batch, horizon - 1, dim]}, the inputs within the horizon.
+    Raises: `ValueError` for a horizon or hidden width below 1; `ShapeError`, `StateError` from `forward`.
+    Source: CKConv (2021), arXiv:2102.02611.
+    """
+
+    def __init__(self, dim: int, *, horizon: int = 256, hidden: int = 32, omega: float = 30.0, depthwise: bool = False):
+        super().__init__()
+        if min(horizon, hidden) < 1 or not omega > 0:
+            raise ValueError(
+                f"CKConv: horizon and hidden must be at least 1 and omega above 0, got {horizon}, {hidden}, {omega}."
+            )
+        self.dim, self.horizon, self.rate = dim, horizon, 1.0
+        self.mix = () if depthwise else (dim,)
+        self.net = KernelNet(math.prod((*self.mix, dim)), hidden=hidden, omega=omega)
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.sampled = Derived(self.sample)
+
+    def at_rate(self, rate: float) -> CKConv:
+        """The same convolution (the parameters are shared) for signals sampled `rate` times as finely as in training.
+
+        Raises: `ValueError` unless `rate` is above 0.
+        """
+        if not rate > 0:
+            raise ValueError(f"CKConv: rate must be above 0, got {rate}.")
+        other = copy.copy(self)
+        other.rate, other.sampled, other._form = rate, Derived(other.sample), None
+        return other
+
+    @property
+    def taps(self) -> int:
+        return int((self.horizon - 1) * self.rate) + 1
+
+    def sample(self, *_: Tensor) -> Tensor:
+        """The kernel at this rate, from its parameters: [dim, dim, taps], or [dim, taps] where depthwise."""
+        lag = torch.arange(self.taps, dtype=torch.float64, device=self.bias.device)
+        position = 1 - lag * (2 / (max(self.horizon - 1, 1) * self.rate))
+        kernel = self.net(position.to(wide(self.bias))).mT / self.rate
+        reach = int(self.rate) if self.rate > 1 else 0
+        if reach and self.taps > 2 * reach:
+            near = torch.arange(-reach, reach + 1, device=kernel.device, dtype=kernel.dtype)
+            blur = torch.softmax(-2 * near.square(), 0)
+            inside = F.conv1d(kernel[:, None], blur[None, None])[:, 0]
+            kernel = torch.cat([kernel[:, :reach], inside, kernel[:, -reach:]], 1)
+        return kernel.unflatten(0, (*self.mix, self.dim))
+
+    def kernel(self) -> Tensor:
+        return self.sampled(*self.net.parameters())
+
+    def penalty(self) -> Tensor:
+        """The paper's regulariser: the L2 norms of the sampled kernel and of the bias."""
+        return self.kernel().norm() + self.bias.norm()
+
+    def initial_state(self, batch: int) -> State:
+        return {"tail": zeros(self.bias, batch, self.taps - 1, self.dim)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        y, state = long_conv(wide(x), self.kernel(), state)
+        return (y + wide(self.bias)).to(x.dtype), state
+
+
+@card(
+    "ckconv-block",
+    kind="memory",
+    covers="ckconv",
+    says="Two continuous-kernel convolutions in a residual block.",
+    source="arXiv:2102.02611",
+    small={"dim": 3, "horizon": 6, "hidden": 4, "omega": 3.0},
+)
+class CKBlock(Memory):
+    """ReLU(x + f(f(x))), f a convolution, a norm, ReLU and dropout.
+
+    The norm is over the features of each token: the published one also averages over time, the future included.
+
+    Args:
+        dim: features of input and output.
+        dropout: of both outputs, while training.
+        arguments: of both convolutions (`CKConv`).
+
+    Shapes: x and y [batch, time, dim]; state {"0": ..., "1": ...}, one per convolution.
+    Raises: as `CKConv`. Source: CKConv (2021), arXiv:2102.02611.
+    """
+
+    def __init__(self, dim: int, *, dropout: float = 0.0, **arguments: float):
+        super().__init__()
+        self.dim = dim
+        self.convs = nn.ModuleList([CKConv(dim, **arguments) for _ in range(2)])  # type: ignore[arg-type]
+        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(2)])
+        self.dropout = nn.Dropout(dropout)
+
+    def initial_state(self, batch: int) -> State:
+        return {str(i): conv.initial_state(batch) for i, conv in enumerate(self.convs)}  # type: ignore[operator]
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state, after, y = self.begin(x, state), {}, x
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y, after[str(i)] = conv(y, state[str(i)])
+            y = self.dropout(F.relu(norm(y)))
+        return F.relu(x + y), after
