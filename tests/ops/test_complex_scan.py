@@ -38,7 +38,7 @@ def agree(got, want, leaves, tolerance=1e-9):
     for y, state in (got, want):
         numbers = [as_real(y), state["h"]]
         loss = sum((x * torch.arange(1.0, x.numel() + 1).cos().view_as(x)).sum() for x in numbers)
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True, materialize_grads=True)
         found.append([*numbers, *grads])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -110,7 +110,7 @@ def test_several_threads_give_what_one_gives(draw):
     for threads in (1, 3):
         torch.set_num_threads(threads)
         h, _ = complex_scan(a, b)
-        found.append([h, *torch.autograd.grad(h.real.sin().sum() + h.imag.cos().sum(), leaves)])
+        found.append([h, *torch.autograd.grad(h.real.sin().sum() + h.imag.cos().sum(), leaves, retain_graph=True)])
     torch.set_num_threads(before)
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)

@@ -25,9 +25,10 @@ from remanence.state import State
 class Mamba(Memory):
     r"""Mamba-1's block: $h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t$ and $y_t = C_t · h_t + D x_t$, for every feature of x.
 
-    $x, z = W_{in} u$, and the output is $W_{out}(y ⊙ \mathrm{SiLU}(z))$; x passes a short convolution and SiLU; $(δ, B, C) = W_x x$; $Δ = \mathrm{softplus}(W_Δ δ + b_Δ)$,
-    $A = -e^{A_{log}}$. The decay is exact and the write Euler's, as published. Parameters have the names of the
-    checkpoints known as `mamba`; `norm_eps` gives `falcon_mamba`. Give `A_log`, `D` and `dt_proj.bias` no weight decay.
+    $x, z = W_{in} u$, and the output is $W_{out}(y ⊙ \mathrm{SiLU}(z))$. x passes a short convolution and SiLU; then
+    $(δ, B, C) = W_x x$, $Δ = \mathrm{softplus}(W_Δ δ + b_Δ)$, and $A = -e^{A_{log}}$. The decay is exact and the write
+    Euler's, as published. Parameters have the names of the checkpoints known as `mamba`, and `norm_eps` gives
+    `falcon_mamba`. Give `A_log`, `D` and `dt_proj.bias` no weight decay.
 
     A forward hook on `step_size` sees every Δ [batch, time, width], and may replace it: Δ = 0 skips a token.
 

@@ -178,7 +178,7 @@ def _by_chunks(u: Tensor, powers: Tensor, read: Tensor, h: Tensor, size: int) ->
     )
     before = torch.cat([h.flatten(1)[:, None], after[:, :-1]], 1)
     seen = torch.view_as_real(before).reshape(-1, D, 2 * h.shape[2]).permute(1, 2, 0)  # [D, 2N, B·n]
-    turned = (read[..., None] * powers[..., 1 : size + 1]).conj()  # Re(c h) = Re c Re h − Im c Im h
+    turned = (read[..., None] * powers[..., 1 : size + 1]).conj().resolve_conj()  # Re(c h) = Re c Re h − Im c Im h
     out = torch.view_as_real(turned).permute(0, 2, 1, 3).flatten(2)  # [D, size, 2N]
     y = inside @ chunks + out @ seen
     return y.permute(2, 1, 0).reshape(B, T, D), after[:, -1].unflatten(-1, h.shape[1:])
