@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
 from remanence.ops import linear_attention, linear_attention_carry, linear_attention_reference
+from remanence.ops.linear_attention import _by_chunks
 
 B, H, K, V = 2, 2, 5, 3
 DECAYS = ["none", "head", "key"]
@@ -92,3 +93,27 @@ def test_second_derivatives_are_those_of_the_loop(draw, decay):
     x = [t[:1, :1, :, :2].detach().requires_grad_() if t.ndim == 4 else t[:1, :1] for t in inputs(draw, 4, decay)]
     x = [t.detach().requires_grad_() for t in x]
     assert torch.autograd.gradgradcheck(lambda *x: linear_attention(*x, chunk_size=2)[0], x)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_the_form_for_other_devices_is_the_loop_too(obeys, draw, decay):
+    def op(q, k, v, g=None, state=None):
+        start = q.new_zeros(B, H, K, V) if state is None else state["S"]
+        y, S = _by_chunks(q, k, v, g, start, 32)
+        return y, {"S": S}
+
+    obeys(op, linear_attention_reference, inputs(draw, 70, decay, low=-20.0), [], {"S": draw(9)(B, H, K, V)})
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_views_are_read_in_place(draw, decay):
+    x = [t.detach() for t in inputs(draw, 40, decay)]
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in x]
+    every_other = [torch.stack([t, -t], -1)[..., 0].requires_grad_() for t in x]
+    want = linear_attention(*[t.requires_grad_() for t in x])[0]
+    for strided in (views, every_other):
+        y = linear_attention(*strided)[0]
+        torch.testing.assert_close(y, want, rtol=0, atol=0)
+        found, wanted = torch.autograd.grad(y.sum(), strided), torch.autograd.grad(want.sum(), x, retain_graph=True)
+        for got, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)

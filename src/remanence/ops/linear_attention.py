@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import ShapeError, expect
-from remanence.ops.chunks import ChunkDecay, pieces
-from remanence.ops.decay import floored, recurrent_dtype, second_order
+from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
 from remanence.state import State
 
 
@@ -56,77 +55,101 @@ def linear_attention(
     dtype = recurrent_dtype(value)
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
-    g = None if log_decay is None else floored(log_decay.to(dtype))
-    y, S = _Chunked.apply(q, k, v, g, start, min(chunk_size, k.shape[2]))
+    g = None if log_decay is None else log_decay.to(dtype)
+    run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
+    y, S = run(q, k, v, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
 
 
-class _Chunked(torch.autograd.Function):
-    """The chunked form with its gradients by hand, a few chunks at a time so that they stay in the cache.
+def _by_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The chunked form in differentiable operations, on any device.
 
     Within a chunk, with G the sum of the log decays since it began and P_ij = Σ_d q_id k_jd exp(G_id − G_jd):
     Y = P V + (Q ⊙ e^G) S  and  S' = Diag(e^{G_C}) S + (K ⊙ e^{G_C − G})ᵀ V.
     """
+    S, out = start, []
+    if g is not None and g.ndim == 4:
+        size = min(size, 16)  # its exponents are [C, C, K]
+    for t in range(0, k.shape[2], size):
+        qs, ks, vs = (x[:, :, t : t + size] for x in (q, k, v))
+        if g is None:
+            out.append((qs @ ks.mT).tril() @ vs + qs @ S)
+            S = S + ks.mT @ vs
+            continue
+        G = cumulative(floored(g[:, :, t : t + size]), 2)
+        if g.ndim == 3:
+            P = (qs @ ks.mT) * lower_decay(G, q.dtype)
+            G = G[..., None]
+        else:
+            P = torch.einsum("bhik,bhjk,bhkij->bhij", qs, ks, lower_decay(G.mT, q.dtype))
+        from_start, to_end = G.exp().to(q.dtype), (G[:, :, -1:] - G).exp().to(q.dtype)
+        out.append(P @ vs + (qs * from_start) @ S)
+        S = from_start[:, :, -1, :, None] * S + (ks * to_end).mT @ vs
+    return torch.cat(out, 2), S
+
+
+class _Compiled(torch.autograd.Function):
+    """The same compiled for the CPU, with gradients by hand: a head at a time, its chunks in the cache."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
-        if g is not None and g.ndim == 4:
-            size = 1 << (size - 1).bit_length()  # the halving wants powers of two
-        y = torch.empty_like(v)
-        S = start.flatten(0, 1)
-        befores = []
-        for piece in pieces(k, size):
-            qs, ks, vs = piece.cut(q), piece.cut(k), piece.cut(v)
-            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
-            new = decay.to_end(ks).mT @ vs
-            before = torch.empty_like(new)
-            for c in range(new.shape[1]):
-                before[:, c] = S
-                S = decay.over(c, S, new[:, c])
-            out = decay.scores(qs, ks) @ vs
-            piece.put(y, out.add_(decay.from_start(qs) @ before))
-            befores.append(before)
-        S = S.view_as(start).clone()
-        ctx.save_for_backward(q, k, v, g, start, S, *befores)
+        from remanence.ops import linear_attention_kernels as kernels
+        from remanence.ops.compiled import flat, flat_decay, rows, spread
+
+        B, H, T, K = k.shape
+        y, end = torch.empty_like(v), v.new_empty(B, H, K, v.shape[3])
+        befores = v.new_empty(B * H, -(-T // size), K, v.shape[3])
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_decay(g, q)
+        kind = 0 if g is None else g.ndim - 2
+        spread(
+            kernels.forward,
+            B * H,
+            k.numel(),
+            H,
+            T,
+            size,
+            kind,
+            *inputs,
+            rows(start),
+            *flat(y, 3),
+            befores.numpy(),
+            rows(end),
+        )
+        ctx.save_for_backward(q, k, v, g, start, end, befores)
         ctx.size = size
-        return y, S
+        return y, end
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, start, end, *befores = ctx.saved_tensors
+        from remanence.ops import linear_attention_kernels as kernels
+        from remanence.ops.compiled import flat, flat_decay, rows, spread
+
+        q, k, v, g, start, end, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
 
-            def loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
-                y, state = linear_attention_reference(q, k, v, g, {"S": start})
-                return y, state["S"]
+            def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
+                return _by_chunks(q, k, v, g, start, ctx.size)
 
-            return *second_order(ctx.needs_input_grad[:5], loop, (q, k, v, g, start), grads), None
-        d_y, d_end = grads
+            return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, g, start), grads), None
+        B, H, T, _ = k.shape
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_g = None if g is None else torch.empty_like(g)
-        d_S, after_all = d_end.flatten(0, 1), end.flatten(0, 1)
-        for piece, before in zip(reversed(list(pieces(k, ctx.size))), reversed(befores), strict=True):
-            qs, ks, vs, d_ys = piece.cut(q), piece.cut(k), piece.cut(v), piece.cut(d_y)
-            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
-            new = decay.from_start(qs).mT @ d_ys
-            d_after = torch.empty_like(new)
-            for c in reversed(range(new.shape[1])):
-                d_after[:, c] = d_S
-                d_S = decay.over(c, d_S, new[:, c])
-            d_vs = decay.scores(qs, ks).mT @ d_ys
-            piece.put(d_v, d_vs.add_(decay.to_end(ks) @ d_after))
-            d_qs, d_ks = decay.scores_backward(d_ys @ vs.mT, qs, ks)
-            d_qs.add_(decay.from_start(d_ys @ before.mT))
-            d_ks.add_(decay.to_end(vs @ d_after.mT))
-            piece.put(d_q, d_qs)
-            piece.put(d_k, d_ks)
-            if d_g is not None and g is not None:
-                after = torch.cat([before[:, 1:], after_all[:, None]], 1)
-                piece.put(d_g, decay.gradient((qs * d_qs).sub_(ks * d_ks), after * d_after))
-            after_all = before[:, 0]
-        return d_q, d_k, d_v, d_g, d_S.view_as(start), None
+        d_start = grads[1].clone(memory_format=torch.contiguous_format)
+        inputs = (
+            *flat(q, 3),
+            *flat(k, 3),
+            *flat(v, 3),
+            *flat_decay(g, q),
+            befores.numpy(),
+            rows(end),
+            *flat(grads[0], 3),
+        )
+        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_decay(d_g, q), rows(d_start)
+        kind = 0 if g is None else g.ndim - 2
+        spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, kind, *inputs, *outputs)
+        return d_q, d_k, d_v, d_g, d_start, None
 
 
 def linear_attention_carry(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +10,9 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.state import State
+
+BAND = 128
+"""Features that a thread takes at once: long enough to vectorise, short enough to share out."""
 
 
 def scan_reference(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -85,24 +86,17 @@ class _Scan(torch.autograd.Function):
         return d_log_decay, d_b, d_start
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="scan")
-
-
 def _over_bands(name: str, *tensors: Tensor) -> None:
-    """Run a kernel over bands of features, which know nothing of each other, on as many threads as PyTorch uses."""
-    from remanence.ops import scan_kernels  # here, because Numba takes half a second that most programs need not pay
+    """Run a kernel over bands of features, which know nothing of each other."""
+    from remanence.ops import scan_kernels
+    from remanence.ops.compiled import spread
 
-    kernel = getattr(scan_kernels, name)
-    arrays = [x.detach().numpy() for x in tensors]
     B, T, D = tensors[0].shape
-    threads = torch.get_num_threads() if B * T * D >= 2**16 else 1
-    width = -(-D // threads) if D else 1
-    bands = [(first, min(first + width, D)) for first in range(0, D, width)]
-    if len(bands) == 1:
-        kernel(0, D, *arrays)
-        return
-    jobs = [_pool(threads).submit(kernel, first, last, *arrays) for first, last in bands]
-    for job in jobs:
-        job.result()
+    arrays = [x.detach().numpy() for x in tensors]
+    bands = -(-D // BAND)
+    kernel = getattr(scan_kernels, name)
+
+    def run(first: int, last: int) -> None:
+        kernel(first * BAND, min(last * BAND, D), *arrays)
+
+    spread(run, bands, B * T * D)

@@ -1,0 +1,118 @@
+"""What the compiled CPU kernels share: how they are compiled, their exponential, and the threads that they run on.
+
+Only kernels import this, since Numba takes half a second that most programs need not pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic, overload
+from threadpoolctl import ThreadpoolController
+from torch import Tensor
+
+from remanence.ops.decay import FLOOR
+
+jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+"""Like `jit`, for sums along a vector: in which order is left to the compiler, so that it can vectorise them."""
+
+_FLOOR, _LOG2E, _ONE, _HALF = np.float32(FLOOR), np.float32(1 / math.log(2)), np.float32(1), np.float32(0.5)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+# exp r ≈ 1 + r + c₂r² + … + c₇r⁷ on |r| ≤ ln 2 / 2, to float32's last digit
+_C2, _C3, _C4 = np.float32(5.0000001201e-1), np.float32(1.6666665459e-1), np.float32(4.1665795894e-2)
+_C5, _C6, _C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
+
+
+@intrinsic
+def _float_with_bits(typing, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return numba.types.float32(numba.types.int32), generate
+
+
+def decay(g: float) -> float:
+    """exp(max(g, FLOOR)): in float32 as 2ⁿ times a polynomial, which vectorises where libm's exp does not."""
+    raise TypeError("decay is for compiled code.")
+
+
+@overload(decay, inline="always", jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
+def _decay(g):
+    def wide(g):
+        return math.exp(max(g, FLOOR))
+
+    def single(g):
+        x = max(g, _FLOOR)
+        n = np.floor(x * _LOG2E + _HALF)
+        r = x - n * _LN2_HIGH - n * _LN2_LOW
+        p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
+        power = (np.int32(n) + np.int32(127)) << np.int32(23)
+        return (p * r * r + r + _ONE) * _float_with_bits(power)  # type: ignore[call-arg]
+
+    return single if g == numba.types.float32 else wide
+
+
+Flat = tuple[np.ndarray, tuple[int, ...]]
+
+
+def flat(x: Tensor, axes: int) -> Flat:
+    """The numbers of x as one flat array from its first on, and the strides of its first `axes` axes.
+
+    What comes after these axes is contiguous. So a kernel can read [B, H, T, K] also where it is a view of
+    [B, T, H, K], and still loop over contiguous features.
+    """
+    inner = x.shape[axes:]
+    if inner and x.stride()[axes:] != torch.empty(inner, device="meta").stride():
+        x = x.contiguous()
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.detach().as_strided((span,), (1,)).numpy(), x.stride()[:axes]
+
+
+def flat_decay(g: Tensor | None, like: Tensor) -> Flat:
+    """The same of log decays [B, H, T] or [B, H, T, K], or of none."""
+    return (np.empty(0, like.detach().new_empty(0).numpy().dtype), (0, 0, 0)) if g is None else flat(g, 3)
+
+
+def rows(x: Tensor) -> np.ndarray:
+    """[B, H, ...] as [B·H, ...]; of a contiguous tensor it is a view, into which a kernel can write."""
+    return x.detach().flatten(0, 1).contiguous().numpy()
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="remanence")
+
+
+def spread(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
+    """Call `kernel(first, last, *arguments)` over 0 … `parts` − 1, which know nothing of each other.
+
+    On as many threads as PyTorch uses, where there is work (`size`, in numbers touched) for more than one. Python
+    threads wait without spinning, so that a busy neighbour costs its share and no more.
+    """
+    threads = min(torch.get_num_threads(), parts) if size >= 2**16 else 1
+    with _blas().limit(limits=1, user_api="blas"):  # kernels multiply small matrices, one thread each
+        if threads == 1:
+            kernel(0, parts, *arguments)
+            return
+        jobs = min(parts, 4 * threads)  # more than threads: whoever is held up takes fewer
+        edges = [parts * i // jobs for i in range(jobs + 1)]
+        run = partial(_call, kernel, arguments)
+        list(_pool(threads).map(run, edges[:-1], edges[1:]))
+
+
+def _call(kernel: Callable[..., Any], arguments: tuple[Any, ...], first: int, last: int) -> None:
+    kernel(first, last, *arguments)
