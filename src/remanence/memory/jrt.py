@@ -46,7 +46,7 @@ def taylor_features(x: Tensor) -> Tensor:
     """
     d = x.shape[-1]
     i, j = torch.triu_indices(d, d, device=x.device)
-    weight = torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    weight = (1 - 0.5 * (i == j).to(x.dtype)).sqrt()
     pairs = x[..., i] * x[..., j] * weight / math.sqrt(d)
     return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, pairs], dim=-1)
 

@@ -20,7 +20,7 @@ from remanence.state import State
     kind="memory",
     says="A selective state space with one input-chosen decay per head: linear attention with a large state.",
     source="arXiv:2405.21060",
-    small={"dim": 8, "state_size": 3, "head_dim": 4, "groups": 2, "norm_groups": 2, "bias": True},
+    small={"dim": 8, "state_size": 3, "head_dim": 4, "groups": 2, "bias": True},
     parents=("mamba",),
     change="one decay per head instead of one per channel and state, so that chunks are matrix products",
 )
@@ -40,7 +40,8 @@ class Mamba2(Memory):
         conv: tokens that the convolution sees.
         conv_bias, bias: whether the convolution and the two projections have biases.
         step_limit: least and greatest Δ.
-        norm_groups: parts in which the norm runs; `groups` in the authors' code, 1 in `transformers`.
+        norm_groups: parts in which the norm runs; `groups` by default, as in the authors' code (one part in
+            `transformers` before it followed).
         eps: of the norm.
 
     Give `rate`, `step_bias` and `skip` no weight decay.
@@ -63,13 +64,13 @@ class Mamba2(Memory):
         conv_bias: bool = True,
         bias: bool = False,
         step_limit: tuple[float, float] = (0.0, math.inf),
-        norm_groups: int = 1,
+        norm_groups: int | None = None,
         eps: float = 1e-5,
     ):
         super().__init__()
         inner = expand * dim
         head_dim = head_dim or math.gcd(inner, 64)
-        heads = inner // head_dim
+        heads, norm_groups = inner // head_dim, norm_groups or groups
         if inner % head_dim or heads % groups or inner % norm_groups:
             given = f"head_dim={head_dim}, groups={groups}, norm_groups={norm_groups}"
             raise ValueError(
