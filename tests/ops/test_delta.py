@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
 from remanence.ops import gated_delta_rule, gated_delta_rule_carry, gated_delta_rule_reference
+from remanence.ops.delta import _by_chunks
 
 B, H, K, V = 2, 2, 5, 3
 
@@ -96,3 +97,22 @@ def test_wrong_shape_says_what_was_expected(draw):
 def test_second_derivatives_are_those_of_the_loop(draw):
     x = [(t[:1, :1, :, :2] if t.ndim == 4 else t[:1, :1]).detach().requires_grad_() for t in inputs(draw, 4)]
     assert torch.autograd.gradgradcheck(lambda *x: gated_delta_rule(*x, chunk_size=2)[0], x)
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_the_form_for_other_devices_is_the_loop_too(obeys, draw, decay):
+    def op(q, k, v, beta, g=None, state=None):
+        start = q.new_zeros(B, H, K, V) if state is None else state["S"]
+        y, S = _by_chunks(q, k, v, beta, g, start, 32)
+        return y, {"S": S}
+
+    obeys(op, gated_delta_rule_reference, inputs(draw, 70, decay), [], {"S": draw(9)(B, H, K, V)})
+
+
+def test_views_are_read_in_place(draw):
+    x = [t.detach() for t in inputs(draw, 40)]
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in x]
+    want, y = gated_delta_rule(*[t.requires_grad_() for t in x])[0], gated_delta_rule(*views)[0]
+    torch.testing.assert_close(y, want, rtol=0, atol=0)
+    for got, expected in zip(torch.autograd.grad(y.sum(), views), torch.autograd.grad(want.sum(), x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -163,6 +163,16 @@ def multiply_add(x, y, out):
 
 
 @jit
+def multiply_subtract(x, y, out):
+    """out −= x ⊙ y."""
+    n, width = out.shape
+    for i in range(n):
+        a, b, c = x[i], y[i], out[i]
+        for d in range(width):
+            c[d] -= a[d] * b[d]
+
+
+@jit
 def carry(S, over, new):
     """S ← Diag(over) S + new."""
     for d in range(S.shape[0]):
@@ -177,6 +187,14 @@ def dot(x, y):
     for d in range(x.shape[0]):
         total += x[d] * y[d]
     return total
+
+
+@summing
+def total(x):
+    sum = x.dtype.type(0)
+    for d in range(x.shape[0]):
+        sum += x[d]
+    return sum
 
 
 @summing
@@ -272,26 +290,23 @@ def scores_per_key_backward(d_P, q, k, single, d_q, d_k, strict):
 
 
 @jit
-def put_decay_gradient(kind, d_g, d_at, g, at, b, h, first, q, d_q, k, d_k, d_over):
+def put_decay_gradient(kind, d_g, d_at, g, at, b, h, first, change, d_over):
     """Write the gradient of the log decays of a chunk.
 
-    The sum up to a token enters only as e^{G} q and e^{−G} k, so that its gradient is q ⊙ ∂q − k ⊙ ∂k; `d_over`
-    [K] is that of the decay over the whole chunk. A token's decay is in its own sum and in all later ones. Below
-    the floor, where decays are clamped, the gradient is 0.
+    `change` [n, K] is that of the sums up to each token, which enter only as e^{G} q and e^{−G} k, and so is
+    q ⊙ ∂q − k ⊙ ∂k; `d_over` [K] is that of the decay over the whole chunk. A token's decay is in its own sum and
+    in all later ones. Below the floor, where decays are clamped, the gradient is 0.
     """
-    n, K = q.shape
+    n, K = change.shape
     origin, d_origin = b * at[0] + h * at[1] + first * at[2], b * d_at[0] + h * d_at[1] + first * d_at[2]
-    total = d_over.dtype.type(0)
-    for d in range(K):
-        total += d_over[d]
     for i in range(n - 1, -1, -1):
         here, there = origin + i * at[2], d_origin + i * d_at[2]
-        q_i, d_q_i, k_i, d_k_i = q[i], d_q[i], k[i], d_k[i]
+        row = change[i]
+        for d in range(K):
+            d_over[d] += row[d]
         if kind == PER_HEAD:
-            total += dot(q_i, d_q_i) - dot(k_i, d_k_i)
-            d_g[there] = total if g[here] >= FLOOR else 0
+            d_g[there] = total(d_over) if g[here] >= FLOOR else 0
         else:
             to, given = d_g[there : there + K], g[here : here + K]
             for d in range(K):
-                d_over[d] += q_i[d] * d_q_i[d] - k_i[d] * d_k_i[d]
                 to[d] = d_over[d] if given[d] >= FLOOR else 0

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.chunks import ChunkDecay, pieces
-from remanence.ops.decay import floored, recurrent_dtype, second_order
+from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
 from remanence.state import State
 
 
@@ -63,109 +62,80 @@ def gated_delta_rule(
     dtype = recurrent_dtype(value)
     q, k, v, b = (x.to(dtype) for x in (query, key, value, beta))
     start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
-    g = None if log_decay is None else floored(log_decay.to(dtype))
-    y, S = _Chunked.apply(q, k, v, b, g, start, min(chunk_size, k.shape[2]))
+    g = None if log_decay is None else log_decay.to(dtype)
+    run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
+    y, S = run(q, k, v, b, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
 
 
-class _Chunked(torch.autograd.Function):
-    """The chunked form with its gradients by hand, a few chunks at a time so that they stay in the cache.
+def _by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """The chunked form in differentiable operations, on any device.
 
     What token i writes is w_i = β_i k_i times its error f_i = v_i − (prediction). With the sums G of the log
     decays since the chunk began, A_ij = (k_i·w_j) e^{G_i − G_j} for j < i and P_ij = (q_i·w_j) e^{G_i − G_j} for
-    j ≤ i: F = (I + A)^{−1} (V − (K ⊙ e^G) S),  Y = P F + (Q ⊙ e^G) S,  S' = e^{G_C} S + (W ⊙ e^{G_C − G})ᵀ F.
-    So it is linear attention from keys W to values F, with two kinds of readers, Q and K: they are stacked.
+    j ≤ i: (I + A) F = V − (K ⊙ e^G) S,  Y = P F + (Q ⊙ e^G) S,  S' = e^{G_C} S + (W ⊙ e^{G_C − G})ᵀ F.
     """
+    S, out = start, []
+    for t in range(0, k.shape[2], size):
+        qs, ks, vs, bs = (x[:, :, t : t + size] for x in (q, k, v, b))
+        ws = ks * bs[..., None]
+        G = bs.new_zeros(bs.shape) if g is None else floored(g[:, :, t : t + size])
+        G = cumulative(G, 2)
+        between = lower_decay(G, q.dtype)
+        from_start, to_end = G.exp().to(q.dtype)[..., None], (G[..., -1:] - G).exp().to(q.dtype)[..., None]
+        A = ((ks @ ws.mT) * between).tril(-1)
+        F = torch.linalg.solve_triangular(A, vs - (ks * from_start) @ S, upper=False, unitriangular=True)
+        out.append(((qs @ ws.mT) * between) @ F + (qs * from_start) @ S)
+        S = from_start[:, :, -1:] * S + (ws * to_end).mT @ F
+    return torch.cat(out, 2), S
+
+
+class _Compiled(torch.autograd.Function):
+    """The same compiled for the CPU, with gradients by hand: a head at a time, its chunks in the cache."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
-        y = torch.empty_like(v)
-        S = start.flatten(0, 1)
-        saved = []
-        for piece in pieces(k, size):
-            qs, ks, vs = piece.cut(q), piece.cut(k), piece.cut(v)
-            ws = ks * piece.cut(b)[..., None]
-            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
-            inverse = unit_lower_inverse(decay.scores(ks, ws))
-            unread, reads = inverse @ vs, inverse @ decay.from_start(ks)
-            written = decay.to_end(ws).mT
-            before = S.new_empty(S.shape[0], ks.shape[1], *S.shape[1:])
-            errors = torch.empty_like(vs)
-            for c in range(before.shape[1]):
-                before[:, c] = S
-                errors[:, c] = torch.baddbmm(unread[:, c], reads[:, c], S, alpha=-1)
-                S = decay.over(c, S, written[:, c] @ errors[:, c])
-            out = decay.scores(qs, ws) @ errors
-            piece.put(y, out.add_(decay.from_start(qs) @ before))
-            saved += [inverse, reads, before, errors]
-        S = S.view_as(start).clone()
-        ctx.save_for_backward(q, k, v, b, g, start, S, *saved)
+        from remanence.ops import delta_kernels as kernels
+        from remanence.ops.compiled import flat, flat_decay, rows, spread
+
+        B, H, T, K = k.shape
+        V = v.shape[3]
+        y, end = torch.empty_like(v), v.new_empty(B, H, K, V)
+        errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // size), K, V)
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_decay(g, q), rows(start)
+        outputs = *flat(y, 3), errors.numpy(), befores.numpy(), rows(end)
+        spread(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)
+        ctx.save_for_backward(q, k, v, b, g, start, end, errors, befores)
         ctx.size = size
-        return y, S
+        return y, end
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, b, g, start, end, *saved = ctx.saved_tensors
+        from remanence.ops import delta_kernels as kernels
+        from remanence.ops.compiled import flat, flat_decay, rows, spread
+
+        q, k, v, b, g, start, end, errors, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            return *second_order(ctx.needs_input_grad[:6], _loop, (q, k, v, b, g, start), grads), None
-        d_y, d_end = grads
+
+            def plain(
+                q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor
+            ) -> tuple[Tensor, Tensor]:
+                return _by_chunks(q, k, v, b, g, start, ctx.size)
+
+            return *second_order(ctx.needs_input_grad[:6], plain, (q, k, v, b, g, start), grads), None
+        B, H, T, _ = k.shape
         d_q, d_k, d_v, d_b = (torch.empty_like(x) for x in (q, k, v, b))
         d_g = None if g is None else torch.empty_like(g)
-        d_S, after_all = d_end.flatten(0, 1), end.flatten(0, 1)
-        for i, piece in reversed(list(enumerate(pieces(k, ctx.size)))):
-            inverse, reads, before, errors = saved[4 * i : 4 * i + 4]
-            qs, ks, bs, d_ys = piece.cut(q), piece.cut(k), piece.cut(b)[..., None], piece.cut(d_y)
-            ws = ks * bs
-            decay = ChunkDecay(None if g is None else piece.cut(g), qs)
-            from_reads = decay.from_start(qs).mT @ d_ys
-            d_errors = decay.scores(qs, ws).mT @ d_ys
-            written = decay.to_end(ws)
-            d_after = torch.empty_like(from_reads)
-            for c in reversed(range(from_reads.shape[1])):
-                d_after[:, c] = d_S
-                d_errors[:, c].baddbmm_(written[:, c], d_S)
-                new = torch.baddbmm(from_reads[:, c], reads[:, c].mT, d_errors[:, c], alpha=-1)
-                d_S = decay.over(c, d_S, new)
-            d_vs = inverse.mT @ d_errors
-            piece.put(d_v, d_vs)
-            d_qs, d_ws = decay.scores_backward(d_ys @ errors.mT, qs, ws)
-            d_qs.add_(decay.from_start(d_ys @ before.mT))
-            d_ks, d_ws_of_reads = decay.scores_backward((d_vs @ errors.mT).tril_(-1).neg_(), ks, ws)
-            d_ks.sub_(decay.from_start(d_vs @ before.mT))
-            d_ws.add_(d_ws_of_reads).add_(decay.to_end(errors @ d_after.mT))
-            if d_g is not None:
-                after = torch.cat([before[:, 1:], after_all[:, None]], 1)
-                read_minus_written = (qs * d_qs).addcmul_(ks, d_ks).sub_(ws * d_ws)
-                piece.put(d_g, decay.gradient(read_minus_written, after * d_after))
-            piece.put(d_q, d_qs)
-            piece.put(d_b, (ks * d_ws).sum(-1))
-            piece.put(d_k, d_ks.addcmul_(d_ws, bs))
-            after_all = before[:, 0]
-        return d_q, d_k, d_v, d_b, d_g, d_S.view_as(start), None
-
-
-def _loop(q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
-    y, state = gated_delta_rule_reference(q, k, v, b, g, {"S": start})
-    return y, state["S"]
-
-
-def unit_lower_inverse(A: Tensor) -> Tensor:
-    """The inverse of I + strictLower(A) for A [..., C, C]: halves by substitution, then the block between them.
-
-    Not by powers of A: where keys repeat, they grow to millions before they cancel, which float32 does not survive.
-    """
-    C = A.shape[-1]
-    if C <= 16 or C % 2:
-        one = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
-        return torch.linalg.solve_triangular(A, one, upper=False, unitriangular=True)
-    half = C // 2
-    early, late = unit_lower_inverse(torch.stack([A[..., :half, :half], A[..., half:, half:]]))
-    inverse = A.new_zeros(A.shape)
-    inverse[..., :half, :half], inverse[..., half:, half:] = early, late
-    inverse[..., half:, :half] = -(late @ (A[..., half:, :half] @ early))
-    return inverse
+        d_start = grads[1].clone(memory_format=torch.contiguous_format)
+        inputs = *flat(q, 3), *flat(k, 3), *flat(b, 3), *flat_decay(g, q)
+        kept = errors.numpy(), befores.numpy(), rows(end), *flat(grads[0], 3)
+        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat(d_b, 3), *flat_decay(d_g, q), rows(d_start)
+        spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, int(g is not None), *inputs, *kept, *outputs)
+        return d_q, d_k, d_v, d_b, d_g, d_start, None
 
 
 def gated_delta_rule_carry(

@@ -21,6 +21,7 @@ from remanence.ops.chunk_kernels import (
     multiply,
     multiply_add,
     multiply_into,
+    multiply_subtract,
     product,
     put,
     put_decay_gradient,
@@ -133,7 +134,9 @@ def backward(
             if kind != NONE:
                 for d in range(K):
                     d_over[d] = dot(after[d], d_S[d])
-                put_decay_gradient(kind, d_g, d_g_at, g, g_at, b, h, t, qs, d_qs, ks, d_ks, d_over)
+                multiply(qs, d_qs, d_qs)
+                multiply_subtract(ks, d_ks, d_qs)
+                put_decay_gradient(kind, d_g, d_g_at, g, g_at, b, h, t, d_qs, d_over)
             multiply(qs, from_start, qs)
             product(qs.T, d_ys, new)
             carry(d_S, from_start[n - 1], new)

@@ -1,0 +1,239 @@
+"""The gated delta rule compiled for the CPU: each call takes the heads from `first` to `last`, chunk after chunk.
+
+What token i writes is w_i = β_i k_i times its error f_i = v_i − (prediction). With the products e^{G} of the decays,
+A_ij = (k_i·w_j) e^{G_i − G_j} for j < i and P_ij = (q_i·w_j) e^{G_i − G_j} for j ≤ i:
+(I + A) F = V − (K ⊙ e^G) S,  Y = P F + (Q ⊙ e^G) S,  S' = e^{G_C} S + (W ⊙ e^{G_C − G})ᵀ F.
+So it is linear attention from keys W to values F with two kinds of readers, Q and K, which are stacked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remanence.ops.chunk_kernels import (
+    NONE,
+    add,
+    carry,
+    copy,
+    copy_row,
+    dot,
+    matrix,
+    multiply,
+    multiply_add,
+    multiply_subtract,
+    product,
+    put,
+    put_decay_gradient,
+    take,
+    take_decays,
+)
+from remanence.ops.compiled import jit
+
+BLOCK = 16
+"""Rows of a triangular system that are solved one by one; what they owe to earlier blocks is a matrix product."""
+
+
+@jit
+def _left_of(A, first, last, buffer):
+    """A[first:last, :first] as a contiguous matrix."""
+    left = matrix(buffer, last - first, first)
+    for i in range(first, last):
+        copy_row(A[i, :first], left[i - first])
+    return left
+
+
+@jit
+def solve(A, X, buffer, owed):
+    """X ← (I + A)⁻¹ X for a strictly lower triangular A."""
+    n, V = X.shape
+    for first in range(0, n, BLOCK):
+        last = min(first + BLOCK, n)
+        if first:
+            product(_left_of(A, first, last, buffer), X[:first], owed[: last - first])
+            for i in range(first, last):
+                row, less = X[i], owed[i - first]
+                for e in range(V):
+                    row[e] -= less[e]
+        for i in range(first, last):
+            row = X[i]
+            for j in range(first, i):
+                earlier, a = X[j], A[i, j]
+                for e in range(V):
+                    row[e] -= a * earlier[e]
+
+
+@jit
+def solve_transposed(A, X, buffer, owed):
+    """X ← (I + A)⁻ᵀ X for a strictly lower triangular A."""
+    n, V = X.shape
+    for first in range((n - 1) // BLOCK * BLOCK, -1, -BLOCK):
+        last = min(first + BLOCK, n)
+        for i in range(last - 1, first - 1, -1):
+            row = X[i]
+            for j in range(first, i):
+                earlier, a = X[j], A[i, j]
+                for e in range(V):
+                    earlier[e] -= a * row[e]
+        if first:
+            product(_left_of(A, first, last, buffer).T, X[first:last], owed[:first])
+            for j in range(first):
+                row, less = X[j], owed[j]
+                for e in range(V):
+                    row[e] -= less[e]
+
+
+@jit
+def _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between):
+    """Fill `both` with queries over keys, `written` with β k, and `scores` with P over A."""
+    readers, ws = both[: 2 * n], written[:n]
+    take(readers[:n], q, q_at, b, h, t)
+    take(readers[n:], k, k_at, b, h, t)
+    origin = b * beta_at[0] + h * beta_at[1] + t * beta_at[2]
+    for i in range(n):
+        row, key, strength = ws[i], readers[n + i], beta[origin + i * beta_at[2]]
+        for d in range(row.shape[0]):
+            row[d] = strength * key[d]
+    M = matrix(scores, 2 * n, n)
+    product(readers, ws.T, M)
+    multiply_scores(M, between)
+
+
+@jit
+def multiply_scores(M, between):
+    """P over A, times the decays between their tokens; A without its diagonal."""
+    n = M.shape[1]
+    multiply(M, between, M[:n])
+    multiply(M[n:], between, M[n:])
+    for i in range(n):
+        M[n + i, i] = 0
+
+
+@jit
+def forward(
+    first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, beta, beta_at, g, g_at, start,
+    y, y_at, errors, befores, end,
+):  # fmt: skip
+    K, V = start.shape[1:]
+    dtype = q.dtype
+    single, from_start, to_end = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((C, K), dtype)
+    between, scores = np.empty((C, C), dtype), np.empty(2 * C * C, dtype)
+    both, written, reads = np.empty((2 * C, K), dtype), np.empty((C, K), dtype), np.empty((2 * C, V), dtype)
+    out, new = np.empty((C, V), dtype), np.empty((K, V), dtype)
+    buffer, owed = np.empty(C * C, dtype), np.empty((C, V), dtype)
+    S = np.empty((K, V), dtype)
+    known = 0
+    for r in range(first, last):
+        b, h = r // H, r % H
+        copy(start[r], S)
+        for c in range(befores.shape[1]):
+            copy(S, befores[r, c])
+            t, n = c * C, min(C, T - c * C)
+            if kind != NONE or n != known:
+                take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
+                known = n
+            _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between)
+            readers, ws, M, F = both[: 2 * n], written[:n], matrix(scores, 2 * n, n), errors[r, t : t + n]
+            multiply(readers, from_start, readers[:n])
+            multiply(readers[n:], from_start, readers[n:])
+            product(readers, S, reads[: 2 * n])
+            take(F, v, v_at, b, h, t)
+            for i in range(n):
+                row, known_of_it = F[i], reads[n + i]
+                for e in range(V):
+                    row[e] -= known_of_it[e]
+            solve(M[n:], F, buffer, owed)
+            product(M[:n], F, out[:n])
+            add(reads, out[:n])
+            put(y, y_at, b, h, t, out[:n])
+            multiply(ws, to_end, ws)
+            product(ws.T, F, new)
+            carry(S, from_start[n - 1], new)
+        copy(S, end[r])
+
+
+@jit
+def backward(
+    first, last, H, T, C, kind, q, q_at, k, k_at, beta, beta_at, g, g_at, errors, befores, end, d_y, d_y_at,
+    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_beta, d_beta_at, d_g, d_g_at, d_start,
+):  # fmt: skip
+    K, V = end.shape[1:]
+    dtype = q.dtype
+    single, from_start, to_end = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((C, K), dtype)
+    between, scores, d_scores = np.empty((C, C), dtype), np.empty(2 * C * C, dtype), np.empty(2 * C * C, dtype)
+    both, d_both, other = np.empty((2 * C, K), dtype), np.empty((2 * C, K), dtype), np.empty((2 * C, K), dtype)
+    written, d_written, d_reads = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((2 * C, V), dtype)
+    d_errors, more, d_over = np.empty((C, V), dtype), np.empty((C, V), dtype), np.empty(K, dtype)
+    d_S, new = np.empty((K, V), dtype), np.empty((K, V), dtype)
+    buffer, owed = np.empty(C * C, dtype), np.empty((C, V), dtype)
+    known = 0
+    for r in range(first, last):
+        b, h = r // H, r % H
+        copy(d_start[r], d_S)
+        after = end[r]
+        for c in range(befores.shape[1] - 1, -1, -1):
+            t, n = c * C, min(C, T - c * C)
+            if kind != NONE or n != known:
+                take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
+                known = n
+            _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between)
+            readers, ws, M, F, S = (
+                both[: 2 * n],
+                written[:n],
+                matrix(scores, 2 * n, n),
+                errors[r, t : t + n],
+                befores[r, c],
+            )
+            d_readers, d_ws, dF, dM, Z = (
+                d_both[: 2 * n],
+                d_written[:n],
+                d_errors[:n],
+                matrix(d_scores, 2 * n, n),
+                d_reads[: 2 * n],
+            )
+
+            take(Z[:n], d_y, d_y_at, b, h, t)
+            product(M[:n].T, Z[:n], dF)
+            multiply(ws, to_end, other[:n])
+            product(other[:n], d_S, more[:n])
+            add(more, dF)
+            solve_transposed(M[n:], dF, buffer, owed)
+            put(d_v, d_v_at, b, h, t, dF)
+            for i in range(n):
+                to, row = Z[n + i], dF[i]
+                for e in range(V):
+                    to[e] = -row[e]
+
+            product(Z, F.T, dM)
+            multiply_scores(dM, between)
+            product(dM, ws, d_readers)
+            product(Z, S.T, other[: 2 * n])
+            multiply_add(other, from_start, d_readers[:n])
+            multiply_add(other[n:], from_start, d_readers[n:])
+            product(dM.T, readers, d_ws)
+            product(F, d_S.T, other[:n])
+            multiply_add(other, to_end, d_ws)
+
+            if kind != NONE:
+                for d in range(K):
+                    d_over[d] = dot(after[d], d_S[d])
+                change = other[:n]
+                multiply(readers, d_readers, change)
+                multiply_add(readers[n:], d_readers[n:], change)
+                multiply_subtract(ws, d_ws, change)
+                put_decay_gradient(kind, d_g, d_g_at, g, g_at, b, h, t, change, d_over)
+            put(d_q, d_q_at, b, h, t, d_readers[:n])
+            origin = b * beta_at[0] + h * beta_at[1] + t * beta_at[2]
+            d_origin = b * d_beta_at[0] + h * d_beta_at[1] + t * d_beta_at[2]
+            for i in range(n):
+                strength, row, to = beta[origin + i * beta_at[2]], d_ws[i], d_readers[n + i]
+                d_beta[d_origin + i * d_beta_at[2]] = dot(readers[n + i], row)
+                for d in range(K):
+                    to[d] += strength * row[d]
+            put(d_k, d_k_at, b, h, t, d_readers[n:])
+
+            multiply(readers, from_start, readers[:n])
+            multiply(readers[n:], from_start, readers[n:])
+            product(readers.T, Z, new)
+            carry(d_S, from_start[n - 1], new)
+            after = S
+        copy(d_S, d_start[r])
