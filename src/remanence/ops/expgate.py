@@ -79,21 +79,41 @@ def expgate(
     expect("expgate", "value", value, "batch heads time features", batch=B, heads=H, time=T)
     for name, gate in (("log_forget", log_forget), ("log_input", log_input)):
         expect("expgate", name, gate, "batch heads time", batch=B, heads=H, time=T)
-    if T == 0:
-        return expgate_reference(query, key, value, log_forget, log_input, state, eps=eps)
+    num, den, m, after = exponential_sums(query, key, value, log_forget, log_input, state, chunk_size=chunk_size)
+    size = torch.maximum(den.abs(), (-m).exp().to(den.dtype)) + eps
+    return (num / size[..., None]).to(value.dtype), after
+
+
+def exponential_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_forget: Tensor,
+    log_input: Tensor,
+    state: State | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor, Tensor, State]:
+    """What `expgate` divides: (C'ᵀq [B, H, T, V], n'·q [B, H, T], m float64 [B, H, T], state).
+
+    The true values are e^m times both. With them, averages over disjoint sets of tokens, or of two kinds, can share
+    one normaliser.
+    """
     C, n, start = _begin(key, value, state)
+    if key.shape[2] == 0:
+        none = log_input.double()
+        return value.to(C.dtype), none.to(C.dtype), none, {"C": C, "n": n, "m": start}
     f, i = floored(log_forget.double()), log_input.double()
     with torch.no_grad():
         total = f.cumsum(2)
         m = total + torch.cat([start[..., None], i - total], 2).cummax(2).values[:, :, 1:]
         before = torch.cat([start[..., None], m[:, :, :-1]], 2)
     written = key.to(C.dtype) * (i - m).exp().to(C.dtype)[..., None]
-    counted = torch.cat([value.to(C.dtype), C.new_ones(B, H, T, 1)], 3)
+    counted = torch.cat([value.to(C.dtype), torch.ones_like(written[..., :1])], 3)
     S = {"S": torch.cat([C, n[..., None]], 3)}
     sums, after = linear_attention(query, written, counted, (f + before - m).to(C.dtype), S, chunk_size=chunk_size)
-    size = torch.maximum(sums[..., -1:].abs(), (-m).exp().to(C.dtype)[..., None]) + eps
-    C, n = after["S"][..., :-1], after["S"][..., -1]
-    return (sums[..., :-1] / size).to(value.dtype), {"C": C.contiguous(), "n": n.contiguous(), "m": m[:, :, -1]}
+    C, n = after["S"][..., :-1].contiguous(), after["S"][..., -1].contiguous()
+    return sums[..., :-1], sums[..., -1], m, {"C": C, "n": n, "m": m[:, :, -1]}
 
 
 def expgate_carry(key: Tensor, value: Tensor, log_forget: Tensor, log_input: Tensor) -> tuple[Tensor, State]:
