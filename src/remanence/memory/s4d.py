@@ -38,7 +38,7 @@ STARTS = {"lin": _linear, "inv": _inverse, "legs": lambda modes: normal_hippo(2 
     small={"dim": 4, "states": 6},
 )
 class S4D(Memory):
-    r"""$y = K * x + D ⊙ x$ with $K_l = 2\,\mathrm{Re} \sum_n C_n \frac{e^{ΔA_n} - 1}{A_n} e^{l Δ A_n}$; then GELU and a GLU.
+    r"""$y = K * x + D ⊙ x$ with $K_l = 2\,\mathrm{Re} \sum_n C_n \frac{e^{ΔA_n} - 1}{A_n} e^{l Δ A_n}$; GELU; GLU.
 
     The state holds the modes $h_t = e^{ΔA} h_{t-1} + x_t$, and the rest is read out of it. Of each conjugate pair one
     mode is kept, hence the factor 2. Give A and Δ a learning rate of at most 10⁻³ and no weight decay.

@@ -49,7 +49,7 @@ def hold(A: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     small={"dim": 6},
 )
 class S5(Memory):
-    r"""$h_t = \bar Λ h_{t-1} + \bar B x_t$, $g = \mathrm{GELU}(2\,\mathrm{Re}(\tilde C h) + D ⊙ x)$, and out $g ⊙ σ(W g)$.
+    r"""$h_t = \bar Λ h_{t-1} + \bar B x_t$, $g = \mathrm{GELU}(2\,\mathrm{Re}(\tilde C h) + D ⊙ x)$, out $g ⊙ σ(W g)$.
 
     $\bar Λ = e^{ΛΔ}$ and $\bar B = Λ^{-1}(\bar Λ - I)\tilde B$ (zero-order hold), with Λ from blocks of HiPPO's normal
     part, B and C rotated into its eigenvectors, and one Δ per mode, log-uniform in (10⁻³, 10⁻¹). Of each conjugate pair

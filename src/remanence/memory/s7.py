@@ -32,8 +32,8 @@ class S7(Memory):
 
     $a_t = 1 - 1/(Λ_t^2 + ½)$ with $Λ_t = Λ_0 + W_Λ x_t$; $B_t, C_t, D_t, β_t$ are linear in $x_t$. The maps from x to B
     and C would have dim²·states weights; here they have rank `rank`: $B_t = \sum_r (w_r · x_t) B_r$. Λ_0 starts at
-    −4, −5, …: at 0 the transition would be −1, and the state change sign with every token. The residual of the published
-    block is left to the model.
+    −4, −5, …: at 0 the transition would be −1, and the state change sign with every token. The published block's
+    residual is left to the model.
 
     Args:
         dim: features of input and output.
