@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def mamba() -> tuple[Check, Check]:
         layer.out_proj.weight[0] = value / 100
     draw = normals(0)
     x = torch.stack([draw(1050), torch.full((1050,), -4.0, dtype=torch.float64), torch.ones(1050)], -1)[None]
-    x[0, 40, 1] = 40  # the marked token; SiLU(−4) = −0.07
+    x[0, 40, 1] = 0.05  # the marked token: SiLU(0.05) = 0.026, and SiLU(−4) = −0.07
 
     def check(selective: bool) -> Check:
         with torch.no_grad():
@@ -69,9 +70,8 @@ def longhorn() -> tuple[Check, Check]:
             h = (h + b * target * k) / (1 + b * k * k)
             loop.append(h)
         worst = max(worst, gap(y[0], torch.stack(loop)))
-        return Check(
-            inside and worst < 1e-9, f"{worst:.0e} from the minimum, decays from {left.min():.2g} to {left.max():.2g}"
-        )
+        says = f"{worst:.0e} from the minimum, decays from {left.min():.2g} to {left.max():.2g}"
+        return Check(inside and worst < 1e-9, says)
 
     return check(implicit_step), check(lambda beta, key: beta)  # the control takes the plain gradient step
 
@@ -147,7 +147,7 @@ def lru() -> tuple[Check, Check]:
     def check(normalised: bool) -> Check:
         found = []
         for r_min, r_max in ((0.0, 1.0), (0.9, 0.999)):
-            layer = seeded(lambda low=r_min, high=r_max: LRU(32, states=256, r_min=low, r_max=high), 5)
+            layer = seeded(partial(LRU, 32, states=256, r_min=r_min, r_max=r_max), 5)
             with torch.no_grad():
                 if not normalised:
                     layer.gamma.zero_()
@@ -159,9 +159,7 @@ def lru() -> tuple[Check, Check]:
     return check(True), check(False)
 
 
-@proof(
-    "stablessm", "Perturbed weights of a power-law memory: the error stays bounded as more and slower modes are added."
-)
+@proof("stablessm", "With perturbed weights a power-law memory stays what it was, however slow its slowest modes.")
 def stablessm() -> tuple[Check, Check]:
     lags = torch.logspace(0, 6, 200, dtype=torch.float64)
     target = (1 + lags) ** -1.5
