@@ -74,7 +74,7 @@ class CountingModel:
     """Predicts the next byte from counts of what followed in many contexts, and learns each byte once it is known.
 
     Args:
-        size: "small" (under 8 MB), "default" (about 130 MB), or the number of bits of the slot table's index.
+        size: "small" (under 8 MB), "default" (about 100 MB), or the number of bits of the slot table's index.
         neural: whether a neural network's byte distribution may be given, as one more opinion for the gates to weigh.
         seed: kept for the sake of one interface; counting draws no random numbers.
 
@@ -101,7 +101,7 @@ class CountingModel:
         k = kernels
         follow, weight, guess = bit_histories()
         odds = (np.arange(4096) + 0.5) / 4096
-        direct_bits = min(size, 21)
+        direct_bits = min(size, 19)
         self._scratch = k.Scratch(
             next_state=follow,
             weight=weight,
@@ -142,7 +142,7 @@ class CountingModel:
             gate1_n=np.zeros(gate1.shape[0], np.int64),
             gate2=np.full((domains * 256, k.SETS), 1 / k.SETS, np.float32),
             gate2_n=np.zeros(domains * 256, np.int64),
-            apm=np.tile(1 / (1 + np.exp(-steps)), 2 << min(size, 16)).astype(np.float32),
+            apm=np.tile(1 / (1 + np.exp(-steps)), 2 << min(size, 14)).astype(np.float32),
         )
         self._position = k.Position(
             now=np.zeros(k.POSITION, np.int64),
