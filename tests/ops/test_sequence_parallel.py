@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from remanence import ops
-from remanence.errors import ShapeError
+from remanence.errors import RemanenceError, ShapeError
 from remanence.memory import make
 from remanence.memory.base import Memory
 from remanence.ops import sequence_parallel as split
@@ -25,6 +27,7 @@ MEMORIES = {
     "griffin": {"heads": 2},
     "hgrn": {},
     "min-lstm-gru": {},
+    "mamba2": {"state_size": 3, "head_dim": 4},
     "sliding-window": {"heads": 2, "window": 6},
 }
 
@@ -46,9 +49,37 @@ class Shifted(Memory):
         return self.scale * x + before, {"shift": x[:, -1]}
 
 
+class Bare(Memory):
+    """One op and nothing around it; its arguments are shares of the input."""
+
+    def __init__(self, op: str):
+        super().__init__()
+        self.dim, self.op, self.A = 8, op, torch.nn.Parameter(-torch.ones(2, 3))
+
+    def initial_state(self, batch):
+        return {"h": self.A.new_zeros(batch, 2, 3)} if self.op == "mamba" else {"S": self.A.new_zeros(batch, 1, 2, 1)}
+
+    def forward(self, x, state=None):
+        from remanence.ops.dplr import dplr
+        from remanence.ops.selective_scan import selective_scan
+
+        state = self.begin(x, state)
+        if self.op == "mamba":
+            u, B, C = x.split([2, 3, 3], -1)
+            y, after = selective_scan(u, u.square(), self.A, B, C, state)
+            return y.repeat(1, 1, 4), after
+        k, a = x[:, None, :, :2], x[:, None, :, 2:4]
+        a = a / (1 + a.norm(dim=-1, keepdim=True)) * self.A[0, :2]
+        y, after = dplr(k, k, x[:, None, :, 4:5], a, -a, -x[:, None, :, 5:7].square(), state)
+        return y[:, 0].repeat(1, 1, 8), after
+
+
+EXTRA = {"shift": lambda: Shifted(8), "mamba": lambda: Bare("mamba"), "dplr": lambda: Bare("dplr")}
+
+
 def small(name: str) -> Memory:
     torch.manual_seed(1)
-    memory = (Shifted(8) if name == "shift" else make(name, 8, **MEMORIES[name])).double()
+    memory = (EXTRA[name]() if name in EXTRA else make(name, 8, **MEMORIES[name])).double()
     for p in memory.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return memory
@@ -78,7 +109,7 @@ def work(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{size}", rank=rank, world_size=size)
     calls = count_collectives()
-    for name in [*MEMORIES, "shift"]:
+    for name in [*MEMORIES, *EXTRA]:
         memory, (x, weight, state) = small(name), cases(name)
         mine = slice(rank * 24 // size, (rank + 1) * 24 // size)
         x = x[:, mine].clone().requires_grad_()
@@ -138,7 +169,8 @@ def traffic(calls: list[tuple[str, int]], T: int) -> dict[str, list[tuple[str, i
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    set_forkserver_preload(["remanence.memory", "remanence.ops.sequence_parallel"])
+    mp.start_processes(work, (request.param, str(folder)), nprocs=request.param, start_method="forkserver")
     return request.param, folder
 
 
@@ -148,7 +180,7 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * (1 + size))
 
 
-@pytest.mark.parametrize("name", [*MEMORIES, "shift"])
+@pytest.mark.parametrize("name", [*MEMORIES, *EXTRA])
 def test_ranks_give_what_one_process_gives(ranks, name: str) -> None:
     size, folder = ranks
     y, d_x, *rest = whole(name)
@@ -174,6 +206,13 @@ def test_one_collective_per_direction_of_the_same_bytes_at_any_length(ranks) -> 
 def test_too_short_a_piece_is_refused_in_words() -> None:
     with pytest.raises(ShapeError, match="needs at least 3 tokens, this one has 2"):
         split.causal_conv(torch.zeros(1, 2, 4), torch.zeros(4, 4))
+
+
+def test_an_op_without_a_split_form_is_refused_in_words() -> None:
+    layer = importlib.import_module("remanence.ops.expgate")
+    q = torch.zeros(1, 1, 2, 4)
+    with split.sequence_parallel(), pytest.raises(RemanenceError, match="'expgate' cannot be split over ranks"):
+        layer.expgate(q, q, q, q[..., 0], q[..., 0])
 
 
 def test_the_pair_is_found_beside_the_local_read(tmp_path: Path) -> None:

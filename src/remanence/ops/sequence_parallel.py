@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from remanence.errors import ShapeError
+from remanence.errors import RemanenceError, ShapeError
 from remanence.ops import taps
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
 from remanence.ops.taps import Call
@@ -176,24 +176,76 @@ def gated_delta_rule(
     log_decay: Tensor | None = None,
     state: State | None = None,
     *,
-    chunk_size: int = 64,
     group: Group = None,
+    **settings: Any,
 ) -> tuple[Tensor, State]:
-    """`ops.gated_delta_rule` over a sequence split as in `scan`; M is dense, K × K per head.
-
-    The rule acts on each column of S by itself, so one pass with the identity's columns beside the values' gives what
-    any start contributes, to the outputs and to the end.
-    """
+    """`ops.gated_delta_rule` over a sequence split as in `scan`; M is dense, K × K per head."""
     from remanence import ops
 
+    def local(value: Tensor, begin: State) -> tuple[Tensor, State]:
+        return ops.gated_delta_rule(query, key, value, beta, log_decay, begin, **settings)
+
+    return _by_columns(local, key, value, state, group)
+
+
+def dplr(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    *,
+    group: Group = None,
+    **settings: Any,
+) -> tuple[Tensor, State]:
+    """`ops.dplr` over a sequence split as in `scan`; M is dense, K × K per head."""
+    from remanence.ops.dplr import dplr as op
+
+    def local(value: Tensor, begin: State) -> tuple[Tensor, State]:
+        return op(query, key, value, a, b, log_decay, begin, **settings)
+
+    return _by_columns(local, key, value, state, group)
+
+
+def _by_columns(
+    local: Callable[[Tensor, State], tuple[Tensor, State]],
+    key: Tensor,
+    value: Tensor,
+    state: State | None,
+    group: Group,
+) -> tuple[Tensor, State]:
+    """A rule acts on each column of S by itself: the identity's columns, beside the values', find what starts give."""
     (B, H, T, K), V = key.shape, value.shape[3]
     one = torch.eye(K, dtype=recurrent_dtype(value), device=value.device).expand(B, H, K, K)
     begin = {"S": torch.cat([one.new_zeros(B, H, K, V), one], -1)}
-    wide = torch.cat([value.to(one.dtype), one.new_zeros(B, H, T, K)], -1)
-    local, after = ops.gated_delta_rule(query, key, wide, beta, log_decay, begin, chunk_size=chunk_size)
+    y, after = local(torch.cat([value.to(one.dtype), one.new_zeros(B, H, T, K)], -1), begin)
     N, M = after["S"].split([V, K], -1)
     start = _Start.apply(M.contiguous(), N.contiguous(), _first(state, "S", N), group)
-    return (local[..., :V] + local[..., V:] @ start).to(value.dtype), {"S": M @ start + N}
+    return (y[..., :V] + y[..., V:] @ start).to(value.dtype), {"S": M @ start + N}
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor | None,
+    B: Tensor,
+    C: Tensor,
+    state: State | None = None,
+    *,
+    group: Group = None,
+) -> tuple[Tensor, State]:
+    """`ops.selective_scan` over a sequence split as in `scan`."""
+    from remanence.ops.selective_scan import selective_scan as op
+    from remanence.ops.selective_scan import selective_scan_carry
+
+    local, after = op(x, delta, A, B, C)
+    N = after["h"]
+    M = selective_scan_carry(x, delta, A, B, C)[0] if A is None else (delta.to(N.dtype).sum(1)[..., None] * A).exp()
+    start = _Start.apply(M, N, _first(state, "h", N), group)
+    inherited, _ = op(torch.zeros_like(x), delta, A, B, C, {"h": start})
+    return local + inherited, {"h": M * start + N}
 
 
 def causal_conv(
@@ -250,6 +302,8 @@ def window_attention(
 
 SPLIT: dict[str, Callable[..., Any]] = {
     "scan": scan,
+    "selective_scan": selective_scan,
+    "dplr": dplr,
     "linear_attention": linear_attention,
     "gated_delta_rule": gated_delta_rule,
     "causal_conv": causal_conv,
@@ -263,9 +317,14 @@ def _first(state: State | None, name: str, like: Tensor) -> Tensor:
 
 @contextmanager
 def sequence_parallel(group: Group = None) -> Iterator[None]:
-    """In this block every op that layers call runs over the ranks' pieces of one sequence."""
+    """In this block every op that layers call runs over the ranks' pieces of one sequence.
+
+    Raises: `RemanenceError` when a layer calls a recurrence that has no split form.
+    """
 
     def handler(call: Call) -> Any:
+        if call.op not in SPLIT:
+            raise RemanenceError(f"The op {call.op!r} cannot be split over ranks; these can: {', '.join(SPLIT)}.")
         return SPLIT[call.op](**call.arguments, group=group)
 
     with taps.tap(handler):

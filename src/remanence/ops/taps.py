@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,24 +23,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Roles:
-    """Which argument of an op is what: `decay` (logarithms), `write` (zero writes nothing), `value`, and time's axis.
+    """Which argument of a recurrence is what.
 
-    The op is linear in `value`, feature by feature.
+    `decay` says how much is forgotten (0 forgets nothing); `writes` gives for each argument that writes the entry with
+    which it writes nothing; outputs are linear in `value`, feature by feature; `time` is the axis of tokens.
     """
 
     decay: str
-    write: str
+    writes: Mapping[str, float]
     value: str
     time: int
 
 
 ROLES = {
-    "scan": Roles("log_decay", "b", "b", 1),
-    "linear_attention": Roles("log_decay", "key", "value", 2),
-    "gated_delta_rule": Roles("log_decay", "beta", "value", 2),
+    "scan": Roles("log_decay", {"b": 0.0}, "b", 1),
+    "selective_scan": Roles("delta", {"delta": 0.0}, "x", 1),
+    "linear_attention": Roles("log_decay", {"key": 0.0}, "value", 2),
+    "gated_delta_rule": Roles("log_decay", {"beta": 0.0}, "value", 2),
+    "dplr": Roles("log_decay", {"key": 0.0, "b": 0.0}, "value", 2),
+    "expgate": Roles("log_forget", {"log_input": -math.inf}, "value", 2),
 }
-"""The recurrences that can be tapped by role."""
-TAPPED = (*ROLES, "causal_conv", "window_attention")
+"""The recurrences whose arguments are known by role."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +56,33 @@ class Call:
 
     @property
     def roles(self) -> Roles | None:
-        """What the arguments are, for a recurrence; None for other ops."""
+        """What the arguments are; None for ops that are not in `ROLES`."""
         return ROLES.get(self.op)
+
+    @property
+    def forgetting(self) -> Tensor | None:
+        """How much each token takes away, ≥ 0, in the decay's own units; None where nothing decays."""
+        decay = None if self.roles is None else self.arguments[self.roles.decay]
+        return None if decay is None else decay.abs()
 
     def skipping(self, keep: Tensor) -> dict[str, Any]:
         """Arguments with which the tokens where `keep` is False leave the state as it was; they still read.
 
-        Shapes: `keep` is bool, of the decay's shape, or of one that stands for it: [B, T] or [B, H, T].
+        `keep` is bool, [batch, time] or with the axes of the decay. Where a whole head has one write strength but a
+        decay per feature, the head is written if any feature is kept.
         """
         roles = self.roles
         assert roles is not None
         changed = {}
-        for name in {roles.decay, roles.write}:
-            x = self.arguments[name]
+        for name, nothing in {roles.decay: 0.0, **roles.writes}.items():
+            x, k = self.arguments[name], keep
             if x is None:
                 continue
-            k = keep
             if k.ndim == 2 and roles.time == 2:
                 k = k[:, None]
             while k.ndim < x.ndim:
                 k = k[..., None]
-            if k.ndim > x.ndim:  # a write strength per head under decays per feature: nothing is to be left over
-                k = k.any(-1)
-            changed[name] = x.masked_fill(~k, 0)
+            changed[name] = x.masked_fill(~(k if k.ndim == x.ndim else k.any(-1)), nothing)
         return changed
 
 
@@ -124,9 +133,19 @@ def tapped(op: F) -> F:
 
 
 def install() -> None:
-    """Open the ops of the package, once: layers call them by attribute (`ops.scan`)."""
-    from remanence import ops
+    """Open every op of the package wherever it has been imported: an op is what has its `_reference` beside it."""
+    global _opened
+    if _opened == len(sys.modules):
+        return
+    package = [m for name, m in list(sys.modules.items()) if name.startswith("remanence.")]
+    homes = [m for m in package if m.__name__.startswith("remanence.ops.")]
+    ops = [f for m in homes for name, f in vars(m).items() if f"{name}_reference" in vars(m)]
+    replaced = {id(op): tapped(op) for op in ops if not hasattr(op, "open_to_taps")}
+    for module in package:
+        for name, value in list(vars(module).items()):
+            if id(value) in replaced:
+                setattr(module, name, replaced[id(value)])
+    _opened = len(sys.modules)
 
-    for name in TAPPED:
-        if not hasattr(op := getattr(ops, name), "open_to_taps"):
-            setattr(ops, name, tapped(op))
+
+_opened = 0
