@@ -5,6 +5,7 @@ Only kernels import this, since Numba takes half a second that most programs nee
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,7 @@ def rows(x: Tensor) -> np.ndarray:
 
 @cache
 def _blas() -> ThreadpoolController:
+    importlib.import_module("scipy.linalg.cython_blas")  # what compiled products call: only what is loaded is found
     return ThreadpoolController()
 
 
