@@ -44,7 +44,7 @@ def test_the_claims_hold_and_their_controls_fail(proof):
 
 
 def test_a_state_smaller_than_the_input_cannot_give_it_back():
-    roots = torch.polar(torch.ones(8).double(), torch.arange(8).double())
+    roots = torch.polar(torch.ones(8).double(), 0.5 + torch.arange(8).double())
     assert reconstruct(diagonal(roots), 16).error < 1e-9
     few = reconstruct(diagonal(roots), 17)
     assert few.error > 0.05
@@ -106,17 +106,15 @@ def test_a_square_encloses_one():
     square = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]], dtype=torch.float64)
     assert float(area(signature(square, 2)[1]["S"])[0, 0, 1]) == pytest.approx(1)
     assert float(stacked_area(square)[0]) == pytest.approx(1)
-    assert float(stacked_area(square.flip(1))[0]) == pytest.approx(1)
+    assert float(stacked_area(square.flip(1))[0]) == pytest.approx(-1)
     assert float(stacked_area(-square.flip(1))[0]) == pytest.approx(-1)
 
 
-@pytest.mark.parametrize("name", ["linear-attention", "gla", "retnet", "gated-deltanet", "mamba", "mamba2", "min-lstm"])
+@pytest.mark.parametrize("name", ["linear-attention", "gla", "retnet", "gated-deltanet", "mamba", "mamba2", "hgrn"])
 def test_the_attention_form_is_what_the_recurrence_computes(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layer = make(
-            name, 8, **({"heads": 2} if name in ("linear-attention", "gla", "retnet", "gated-deltanet") else {})
-        )
+        layer = make(name, 8, **({} if name in ("mamba", "mamba2", "hgrn") else {"heads": 2}))
     layer, x = layer.double(), normals(1)(2, 13, 8)
     calls = []
 
@@ -128,7 +126,7 @@ def test_the_attention_form_is_what_the_recurrence_computes(name):
         M = attention_form(layer, x)
         with tap(handler):
             layer(x)
-        call, (y, _) = calls[0]
+        call, (y, _) = next(found for found in calls if found[0].roles)
         value = call.arguments[call.roles.value]
         assert not M.triu(1).any()
         if call.roles.time == 2:
@@ -158,7 +156,7 @@ def test_norms_of_a_model_layer_by_layer():
     rows = ssm_norms(model)
     assert [row["layer"] for row in rows] == ["one", "two"]
     assert rows[0]["abscissa"] == pytest.approx(-(0.5 * torch.ones(())).exp().item())
-    assert rows[0]["B"] == pytest.approx(float(torch.linalg.matrix_norm(first.x_proj.weight[1:4], 2)))
+    assert rows[0]["B"] == pytest.approx(float(torch.linalg.matrix_norm(first.x_proj.weight[1:4].detach(), 2)))
     assert rows[1]["B"] == 0 < rows[1]["C"]
     assert rows[1]["input"] is None
     x = torch.randn(2, 5, 6)
