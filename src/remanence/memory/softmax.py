@@ -1,0 +1,119 @@
+"""Causal softmax attention to everything that was read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence.catalogue import card
+from remanence.errors import StateError, expect
+from remanence.memory.base import Memory
+from remanence.memory.parts import merge, per_head, rotate, split, zeros
+from remanence.state import State, check_state
+
+BLOCK = 64
+"""Tokens by which the state grows, so that rows of different lengths can lie side by side."""
+
+
+class SoftmaxWeights(Memory):
+    """What softmax attention and its linearisations share: the parameters, and how queries share keys and values."""
+
+    def __init__(self, dim: int, *, heads: int = 4, kv_heads: int | None = None, base: float = 10000.0):
+        super().__init__()
+        name = type(self).__name__
+        self.dim, self.heads, self.kv_heads = dim, heads, heads if kv_heads is None else kv_heads
+        self.head_dim = per_head(name, dim, heads, multiple=2)
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"{name}: kv_heads must divide heads, got kv_heads={kv_heads}, heads={heads}.")
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, heads, T, K], keys and values [B, kv_heads, T, K], before any rotation."""
+        widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = self.qkv(x).split(widths, dim=-1)
+        return split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
+
+    def per_query(self, x: Tensor) -> Tensor:
+        """Keys or values of each group of heads, for each of its heads: [B, kv_heads, ...] to [B, heads, ...]."""
+        return x.repeat_interleave(self.heads // self.kv_heads, 1)
+
+
+@card(
+    "softmax",
+    kind="memory",
+    says="Full causal softmax attention with rotary positions: forgets nothing, and keeps everything.",
+    source="arXiv:1706.03762",
+    small={"dim": 8, "heads": 2},
+    exempt={"constant state": "full attention keeps a key and a value for every token that it has read"},
+)
+class SoftmaxAttention(SoftmaxWeights):
+    r"""$y_t = W_o \sum_{j ≤ t} \mathrm{softmax}_j(q_t · k_j / \sqrt K) v_j$.
+
+    Keys are kept as they were turned by their absolute position (rotary, arXiv:2104.09864). The state grows by blocks
+    of 64 tokens, and each row's tokens lie at its end.
+
+    Args:
+        dim: features of input and output.
+        heads: independent attentions, each of an even number of features.
+        kv_heads: how many heads have keys and values of their own; divides `heads` (grouped queries,
+            arXiv:2305.13245), and all of them by default.
+        base: the slowest rotary phase turns once in about 2π·base tokens.
+
+    Shapes: x and y [batch, time, dim]; state {"keys", "values": [batch, kv_heads, room, dim/heads], "position": int64
+        [batch]}, where `room` is the longest row's tokens, rounded up to a multiple of 64.
+    Raises: `ValueError` if 2·heads does not divide `dim`, or kv_heads not heads; `ShapeError`, `StateError` from
+        `forward`.
+    Source: Attention Is All You Need (2017), arXiv:1706.03762.
+    """
+
+    def initial_state(self, batch: int) -> State:
+        k = zeros(self.out.weight, batch, self.kv_heads, 0, self.head_dim)
+        return {"keys": k, "values": k.clone(), "position": k.new_zeros(batch, dtype=torch.int64)}
+
+    def begin(self, x: Tensor, state: State | None) -> State:
+        name, fresh = type(self).__name__, self.initial_state(x.shape[0])
+        expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
+        if state is None:
+            return fresh
+        keys = state.get("keys")
+        room = keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 else 0
+        grown = {n: t.new_zeros(*t.shape[:2], room, t.shape[3]) for n, t in fresh.items() if t.ndim == 4}
+        check_state(name, state, {**fresh, **grown})
+        if state["position"].max() > room:
+            raise StateError(f"{name}: a state of {room} tokens cannot be at position {int(state['position'].max())}.")
+        return state
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        if (T := x.shape[1]) == 0:
+            return x, state
+        q, k, v = self.project(x)
+        position = state["position"]
+        q, k = (rotate(part, position, self.frequencies) for part in (q, k))
+        room, total = state["keys"].shape[2], int(position.max()) + T
+        keys, values = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
+        seen, fresh = None, not bool(position.any())
+        if not fresh:
+            slot, row = torch.arange(room + T, device=x.device), torch.arange(T, device=x.device)[:, None]
+            seen = (slot <= room + row) & (slot >= (room - position)[:, None, None])
+            seen = seen[:, None]
+        k, v = (self.per_query(part[:, :, room:] if fresh else part) for part in (keys, values))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=fresh)
+        room = max(room, -(-total // BLOCK) * BLOCK)
+        keys, values = (_last(part, room) for part in (keys, values))
+        return self.out(merge(y).to(x.dtype)), {"keys": keys, "values": values, "position": position + T}
+
+
+def with_room(state: State, room: int) -> State:
+    """The same state with room for at least so many tokens, as `concat` needs of rows that are to lie side by side."""
+    room = max(room, state["keys"].shape[2])
+    return {**state, **{name: _last(state[name], room) for name in ("keys", "values")}}
+
+
+def _last(x: Tensor, room: int) -> Tensor:
+    """The last `room` tokens of [B, H, T, K], with zeros before them where there are fewer."""
+    return x[:, :, x.shape[2] - room :].contiguous() if x.shape[2] >= room else F.pad(x, (0, 0, room - x.shape[2], 0))
