@@ -166,7 +166,7 @@ def lattice() -> tuple[Check, Check]:
             changes.append(change.norm().item())
         holds = along < 1e-12 and shrinks < 1e-12 and changes[-1] < 0.05 * changes[4]
         return Check(
-            holds, f"at most {along:.0e} along a slot; the 600th write moved {changes[-1] / changes[4]:.1g} of the 5th"
+            holds, f"at most {along:.0e} along a slot; the 200th write moved {changes[-1] / changes[4]:.1g} of the 5th"
         )
 
     with torch.no_grad():
