@@ -10,6 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.ops.complex_scan import complex_scan
 from remanence.state import State
 
 
@@ -26,8 +27,8 @@ class GateLoop(Memory):
     r"""Complex decays: $S_t = a_t ⊙ S_{t-1} + k_t v_t^\top$, $y_t = q_t^\top \mathrm{Re}(S_t)$.
 
     The transition is $a = σ(|w|) e^{i∠w}$ with complex $w = W_a x + b$. Each key feature has a transition of its own;
-    with one feature per head, as in the paper's models, the state is a vector. It is run in a frame that turns with
-    the phase: there the decay is real, and keys and queries carry cosines and sines. The state that is returned
+    with one feature per head, as in the paper's models, the state is a vector. Matrices are run in a frame that turns
+    with the phase: there the decay is real, and keys and queries carry cosines and sines. The state that is returned
     stands still again, so that no phase needs to be kept.
 
     Args:
@@ -73,20 +74,16 @@ def gate_loop(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor, angle: Tensor, 
 
     Shapes: q, k, log_size (≤ 0) and angle [B, H, T, K]; v and y [B, H, T, V]; S [B, H, 2K, V], real over imaginary.
     """
-    turn = angle.double().cumsum(2)  # in one piece from zero: a stream's total turn would lose its digits
+    if k.shape[-1] == v.shape[-1] == 1:  # a vector of heads: no matrices to multiply
+        a, written = (x[..., 0].transpose(1, 2) for x in (torch.polar(log_size.exp(), angle), k * v))
+        h, after = complex_scan(a, torch.complex(written, torch.zeros_like(written)), {"h": S[..., 0]})
+        return q * h.real.transpose(1, 2)[..., None], after["h"][..., None]
+    turn = angle.double().cumsum(2)  # from zero in each piece: a stream's total turn would lose its digits
     cos, sin = turn.cos().to(k.dtype), turn.sin().to(k.dtype)
     keys, queries = torch.cat([k * cos, -k * sin], -1), torch.cat([q * cos, -q * sin], -1)
-    decay = torch.cat([log_size, log_size], -1)
-    if keys.shape[-1] == 2 and v.shape[-1] == 1:  # a vector of heads: no matrices to multiply
-        flat, written = ((a.transpose(1, 2).flatten(2)) for a in (decay, keys * v))
-        h, after = ops.scan(flat, written, {"h": S.flatten(1)})
-        y = (queries * h.unflatten(-1, (-1, 2)).transpose(1, 2)).sum(-1, keepdim=True)
-        S = after["h"].view_as(S)
-    else:
-        y, after = ops.linear_attention(queries, keys, v, decay, {"S": S})
-        S = after["S"]
+    y, after = ops.linear_attention(queries, keys, v, torch.cat([log_size, log_size], -1), {"S": S})
     if k.shape[2] == 0:
         return y, S
-    re, im = S.chunk(2, dim=2)
+    re, im = after["S"].chunk(2, dim=2)
     cos, sin = cos[:, :, -1, :, None], sin[:, :, -1, :, None]
     return y, torch.cat([cos * re - sin * im, sin * re + cos * im], 2)

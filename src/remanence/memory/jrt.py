@@ -45,10 +45,9 @@ def taylor_features(x: Tensor) -> Tensor:
     The paper lists every product x_i x_j; here each pair stands once, weighted, for the same inner products.
     """
     d = x.shape[-1]
-    i, j = torch.triu_indices(d, d, device=x.device)
-    weight = (1 - 0.5 * (i == j).to(x.dtype)).sqrt()
-    pairs = x[..., i] * x[..., j] * weight / math.sqrt(d)
-    return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, pairs], dim=-1)
+    x = x / d**0.25
+    pairs = (x[..., apart:] * x[..., :-apart] for apart in range(1, d))
+    return torch.cat([torch.ones_like(x[..., :1]), x, math.sqrt(0.5) * x * x, *pairs], dim=-1)
 
 
 @card(
@@ -104,17 +103,19 @@ class PrefixLinearAttention(Memory):
         S = state["S"]
         if not state["begun"].all():
             head = x[:, : self.prefix]
-            _, read = ops.linear_attention(*self._keys(self.prefix_k, self.prefix_k, self.prefix_v, head))
-            S = S + torch.where(state["begun"][:, None, None, None], 0.0, read["S"])
-        y, after = ops.linear_attention(*self._keys(self.q, self.k, self.v, x), state={"S": S})
+            read = self._features(self.prefix_k, head).mT @ self._values(self.prefix_v, head)
+            S = S + torch.where(state["begun"][:, None, None, None], 0.0, read)
+        q, k, v = self._features(self.q, x), self._features(self.k, x), self._values(self.v, x)
+        y, after = ops.linear_attention(q, k, v, state={"S": S})
         mean = y[..., :-1] / (y[..., -1:] + 1e-12)
         return self.out(merge(mean).to(x.dtype)), {**after, "begun": state["begun"] | (x.shape[1] > 0)}
 
-    def _keys(self, q: nn.Module, k: nn.Module, v: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values = split(v(x), self.heads)
-        one = torch.ones_like(values[..., :1])
-        query, key = (taylor_features(split(part(x), self.heads)) for part in (q, k))
-        return query, key, torch.cat([values, one], dim=-1)
+    def _features(self, project: nn.Module, x: Tensor) -> Tensor:
+        return taylor_features(split(project(x), self.heads))
+
+    def _values(self, project: nn.Module, x: Tensor) -> Tensor:
+        v = split(project(x), self.heads)
+        return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 
 def mask_prefix(

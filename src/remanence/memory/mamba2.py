@@ -100,10 +100,14 @@ class Mamba2(Memory):
         mixed, conv = self.conv(mixed, state["conv"])
         u, B, C = F.silu(mixed).split(self.widths, dim=-1)
         u = split(u, self.heads)
-        k, q = (split(part, self.groups).repeat_interleave(self.heads // self.groups, dim=1) for part in (B, C))
+        k, q = (self._share(split(part, self.groups)) for part in (B, C))
         step = F.softplus(wide(step) + wide(self.step_bias)).clamp(*self.step_limit).transpose(1, 2)
         decay = -wide(self.rate).exp()[:, None] * step
         y, after = ops.linear_attention(q, k, step[..., None] * u, decay, {"S": state["S"]})
         y = merge(y + wide(self.skip)[:, None, None] * u) * F.silu(wide(z))
         y = F.rms_norm(y.unflatten(-1, (self.norm_groups, -1)), (inner // self.norm_groups,), eps=self.eps).flatten(-2)
         return self.out(self.scale * y.to(x.dtype)), {**after, "conv": conv}
+
+    def _share(self, x: Tensor) -> Tensor:
+        """[batch, groups, time, N] -> [batch, heads, time, N], without a copy where there is one group."""
+        return x[:, :, None].expand(-1, -1, self.heads // self.groups, -1, -1).flatten(1, 2)
