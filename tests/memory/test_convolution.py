@@ -156,7 +156,6 @@ def test_hippo_remembers_what_its_cell_wrote() -> None:
     layer = HiPPO(3, order=8, channels=2).double()
     tokens = x(3, 70)
     written = []
-    layer.write.register_forward_hook(lambda *a: None)
     state = layer.initial_state(2)
     for t in range(70):
         _, state = layer(tokens[:, t : t + 1], state)
@@ -328,7 +327,7 @@ def test_vssm_rows_are_streams_of_their_own() -> None:
     torch.testing.assert_close(swapped, both.flip(0))
     assert (both[0] - both[1]).abs().max() > 0.1
     with pytest.raises(StateError, match="prior"):
-        model.generate(3, {**VSSM(3, latent=4, hidden=6, layers=1).initial_state(torch.tensor([1]))})
+        model.generate(3, {**VSSM(3, latent=4, hidden=12, layers=1).initial_state(torch.tensor([1]))})
     with pytest.raises(ShapeError, match="dim=3"):
         model.elbo(x(4))
     with pytest.raises(ValueError, match="at least 0"):
@@ -355,7 +354,7 @@ def test_the_bound_is_below_the_evidence_and_training_closes_the_gap() -> None:
     with torch.no_grad():
         before = gap_per_step()
     optimizer = torch.optim.Adam(model.parameters(), 0.03)
-    for _ in range(250):
+    for _ in range(150):
         optimizer.zero_grad()
         (-model.elbo(data(32), generator=source).mean() / 16).backward()
         optimizer.step()
