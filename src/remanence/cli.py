@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -177,6 +178,7 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.")
 @app.command()
 def systems(
     kind: Annotated[str | None, typer.Option(help="Only members of one kind: memory, strategy, ...")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="The linear recurrences by descent, with their cost.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The catalogue: what works, and what is still to come.
@@ -185,6 +187,13 @@ def systems(
     """
     from remanence import catalogue
 
+    if tree:
+        from remanence.evaluation.diagnostics import family_tree
+
+        members = family_tree.walk(family_tree.family())
+        for line in (json.dumps(asdict(m) | {"depth": d}) for d, m in members) if as_json else family_tree.tree():
+            typer.echo(line)
+        return
     cards, proofs, table = catalogue.cards(), catalogue.proofs(), catalogue.systems()
     if kind is not None and kind not in (kinds := {c.kind for c in cards.values()}):
         raise RemanenceError(f"There is no kind {kind!r}; known: {', '.join(sorted(kinds))}.")

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import Check, proof
 from remanence.evaluation.benchmarks.retrieval import Count, Index, IsTree, NextLetter, TextTask
+from remanence.evaluation.diagnostics.family_tree import family, walk
 from remanence.evaluation.diagnostics.norms import attention_form, attention_matrix
+from remanence.evaluation.diagnostics.reductions import REDUCTIONS
 from remanence.evaluation.diagnostics.retrieval import by_search, capacity, packed_accuracy
 from remanence.evaluation.diagnostics.signature import signature_cde, stacked_area
 from remanence.evaluation.diagnostics.universality import diagonal, reconstruct
@@ -191,3 +193,20 @@ def generalization() -> tuple[Check, Check]:
 
     stable = check(-0.5)
     return Check(stable.holds, f"{stable.says}; attention form exact to {form:.0e}"), check(0.0)
+
+
+@proof("survey-s4", "Eight edges of the family tree are equations: a member with its change undone is its relative.")
+def family_tree() -> tuple[Check, Check]:
+    errors = {f"{a} = {b}": reduce() for (a, b), reduce in REDUCTIONS.items()}
+    members = {member.id for _, member in walk(family())}
+    joined = all(end in members for pair in REDUCTIONS for end in pair)
+
+    def check(which: int) -> Check:
+        worst = max(errors.values(), key=lambda pair: pair[which])[which]
+        least = min(errors.items(), key=lambda item: item[1][which])
+        return Check(
+            joined and least[1][which] < 1e-9 and worst < (1e-9 if which == 0 else math.inf),
+            f"{len(errors)} pairs, errors from {least[1][which]:.0e} ({least[0]}) to {worst:.0e}",
+        )
+
+    return check(0), check(1)  # the control lets what was changed stay
