@@ -54,7 +54,8 @@ def test_the_kept_steps_sum_to_the_budget() -> None:
         )[:, 0]
         kept = torch.where(long > theta[:, None], long, 0)
         budget = steps.sum(1)
-        assert (kept.sum(1) <= budget * (1 + 1e-6)).all() and (kept.sum(1) > 0.98 * budget - long[:, 0]).all()
+        assert (kept.sum(1) <= budget * (1 + 1e-6)).all()
+        assert (kept.sum(1) > 0.98 * budget - long[:, 0]).all()
     assert (threshold(steps, 200) <= steps.amin(1) + 1e-12).all()  # at the trained length all may stay
 
 
@@ -62,8 +63,10 @@ def test_only_lasting_heads_skip_and_only_far_beyond_the_trained_length() -> Non
     model, plain = Model(), TwoHeads()
     with torch.no_grad():
         (wrapped,) = extend(model, [draw(4, 100, 1)], lengths=(200, 400, 800))
-        assert isinstance(model.memory, LongMamba) and wrapped.trained == 100
-        assert (wrapped.threshold0[:, 0] > 0).all() and (wrapped.threshold0[:, 1] == -1).all()
+        assert isinstance(model.memory, LongMamba)
+        assert wrapped.trained == 100
+        assert (wrapped.threshold0[:, 0] > 0).all()
+        assert (wrapped.threshold0[:, 1] == -1).all()
         assert (wrapped.threshold0[:, 0].diff() >= 0).all()
         long = draw(1, 800, 1, seed=1)
         wrapped.total = 800
@@ -107,7 +110,8 @@ def test_any_gated_memory_can_be_extended(name: str, given: dict) -> None:
     tokens = torch.randint(11, (2, 60))
     want = model(tokens)[0]
     wrapped = extend(model, [tokens[:, :12]], lengths=(30, 60), lasting=0, top=0.2)
-    assert len(wrapped) == 2 and all(isinstance(m, LongMamba) for m in model.memories)
+    assert len(wrapped) == 2
+    assert all(isinstance(m, LongMamba) for m in model.memories)
     torch.testing.assert_close(
         model(tokens[:, :24])[0], want[:, :24], rtol=0, atol=1e-5
     )  # up to twice the length nothing is skipped

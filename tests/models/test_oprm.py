@@ -52,7 +52,8 @@ def test_every_row_is_the_model_over_prefix_chunk_and_query(model, with_prefix, 
 
 def test_a_context_shorter_than_a_chunk_is_one_chunk(model) -> None:
     got = read_chunks(model, tokens(4), tokens(1), chunk=10)
-    assert got.starts.tolist() == [0] and got.chosen == 0
+    assert got.starts.tolist() == [0]
+    assert got.chosen == 0
 
 
 def test_the_choice() -> None:

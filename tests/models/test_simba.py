@@ -46,7 +46,9 @@ def test_every_memory_has_scores_and_what_adds_nothing_has_none(name: str) -> No
     memory = make(name, 8, **{k: v for k, v in ARGUMENTS.items() if k == name}.get(name, {})).double()
     x = torch.randn(2, 10, 8, dtype=torch.float64)
     scores = contributions(memory, x, memory.initial_state(2))
-    assert scores.shape == (2, 10) and (scores >= 0).all() and (scores.sum(1) > 0).all()
+    assert scores.shape == (2, 10)
+    assert (scores >= 0).all()
+    assert (scores.sum(1) > 0).all()
     assert contributions(memory, x[:, :0]).shape == (2, 0)
 
 
@@ -70,14 +72,17 @@ def test_all_kept_is_the_model_to_the_bit_and_some_kept_is_a_shorter_stack() -> 
         want, end = lm(tokens)
         with token_pruning(lm.blocks, [1.0] * 4) as kept:
             got, _ = lm(tokens)
-        assert torch.equal(got, want) and not kept
+        assert torch.equal(got, want)
+        assert not kept
         with token_pruning(lm.blocks, [1.0, 0.5, 0.5, 0.25]) as kept:
             for _ in range(2):  # what a call notes does not outlive it
                 got, state = lm(tokens)
         assert got.shape == (2, 5, 11)
         assert [places.shape for places in kept] == [(2, 10), (2, 5)]
         for first, second in zip(*[places.tolist() for places in kept], strict=True):
-            assert set(second) <= set(first) and second == sorted(second) and second[-1] == 19
+            assert set(second) <= set(first)
+            assert second == sorted(second)
+            assert second[-1] == 19
         torch.testing.assert_close(state["layers"]["0"], end["layers"]["0"])  # the first layers read everything
         again, _ = lm(tokens)
     assert torch.equal(again, want)  # no hook is left

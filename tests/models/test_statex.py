@@ -93,7 +93,8 @@ def test_a_model_is_expanded_in_place_at_evenly_spaced_layers() -> None:
     torch.testing.assert_close(model(tokens)[0], before, rtol=0, atol=1e-6)
     kept = len(optimizer.state)
     forget_moments(optimizer, changed)
-    assert len(changed) == 2 and len(optimizer.state) == kept
+    assert len(changed) == 2
+    assert len(optimizer.state) == kept
     model(tokens)[0].square().mean().backward()
     optimizer.step()
     assert all(p in optimizer.state for p in changed)

@@ -16,6 +16,8 @@ from remanence import ops
 from remanence.errors import RemanenceError, ShapeError
 from remanence.memory import make
 from remanence.memory.base import Memory
+from remanence.models.language import LanguageModel
+from remanence.models.lasp2 import run_split
 from remanence.ops import sequence_parallel as split
 from remanence.state import flatten, unflatten
 
@@ -74,7 +76,14 @@ class Bare(Memory):
         return y[:, 0].repeat(1, 1, 8), after
 
 
-EXTRA = {"shift": lambda: Shifted(8), "mamba": lambda: Bare("mamba"), "dplr": lambda: Bare("dplr")}
+def model() -> LanguageModel:
+    given = {"gated-deltanet": {"heads": 2}, "sliding-window": {"heads": 2, "window": 9}}
+    lm = LanguageModel("gated-deltanet, griffin, sliding-window", vocabulary=9, dim=8, ngrams=(2, 3), arguments=given)
+    lm.head.weight.data.normal_()
+    return lm
+
+
+EXTRA = {"model": model, "shift": lambda: Shifted(8), "mamba": lambda: Bare("mamba"), "dplr": lambda: Bare("dplr")}
 
 
 def small(name: str) -> Memory:
@@ -87,82 +96,85 @@ def small(name: str) -> Memory:
 
 def cases(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     g = torch.Generator().manual_seed(2)
-    x, weight = (torch.randn(2, 24, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    x, weight, past = (torch.randn(2, time, 8, generator=g, dtype=torch.float64) for time in (24, 24, 7))
+    if name == "model":
+        x, past = (torch.randint(9, t.shape[:2], generator=g) for t in (x, past))
+        weight = torch.cat([weight, weight[..., :1]], -1)
     with torch.no_grad():
-        state = small(name)(torch.randn(2, 7, 8, generator=g, dtype=torch.float64))[1]
+        state = small(name)(past)[1]
     return x, weight, flatten(state)
 
 
 def whole(name: str) -> tuple[Tensor, ...]:
     """Outputs, the input's gradient, and the gradients of parameters and state, on one machine."""
     memory, (x, weight, state) = small(name), cases(name)
-    x.requires_grad_()
+    x.requires_grad_(x.is_floating_point())
     floats = [t.requires_grad_() for t in state.values() if t.is_floating_point()]
     y, end = memory(x, unflatten(state))
-    leaves = [x, *floats, *memory.parameters()]
+    leaves = [*[x][: x.requires_grad], *floats, *memory.parameters()]
     loss = (y * weight).sum() + sum(t.square().sum() for t in flatten(end).values() if t.is_floating_point())
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    grads = grads if x.requires_grad else (x, *grads)
     return (y.detach(), *grads, *(t.detach() for t in flatten(end).values()))
 
 
 def work(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{size}", rank=rank, world_size=size)
-    calls = count_collectives()
     for name in [*MEMORIES, *EXTRA]:
         memory, (x, weight, state) = small(name), cases(name)
         mine = slice(rank * 24 // size, (rank + 1) * 24 // size)
-        x = x[:, mine].clone().requires_grad_()
+        x = x[:, mine].clone().requires_grad_(x.is_floating_point())
         floats = [t.requires_grad_() for t in state.values() if t.is_floating_point()]
-        y, end = split.run_split(memory, x, unflatten(state))
-        leaves = [x, *floats, *memory.parameters()]
+        y, end = run_split(memory, x, unflatten(state))
+        leaves = [*[x][: x.requires_grad], *floats, *memory.parameters()]
         ends = sum(t.square().sum() for t in flatten(end).values() if t.is_floating_point())
         loss = (y * weight[:, mine]).sum() + (ends if rank == size - 1 else 0 * ends)
-        d_x, *grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        d_x, *grads = grads if x.requires_grad else (x, *grads)
         grads = [grad.contiguous() for grad in grads]
         for grad in grads:
             dist.all_reduce(grad)
         mine_only = [y.detach(), d_x, *(t.detach() for t in flatten(end).values())]
         torch.save((mine_only, grads), f"{folder}/{name}.{size}.{rank}")
-    calls.clear()
-    torch.save([traffic(calls, T) for T in (3, 50)], f"{folder}/traffic.{size}.{rank}")
+    group = Counted(dist.group.WORLD)
+    torch.save([traffic(group, T) for T in (3, 50)], f"{folder}/traffic.{size}.{rank}")
     dist.destroy_process_group()
 
 
-def count_collectives() -> list[tuple[str, int]]:
-    calls: list[tuple[str, int]] = []
-    gather, reduce = dist.all_gather, dist.all_reduce
+class Counted:
+    """A group that notes what it is asked to do."""
 
-    def counted_gather(out, x, group=None):
-        calls.append(("all_gather", x.nbytes))
-        return gather(out, x, group=group)
+    def __init__(self, group):
+        self.group, self.calls = group, []
 
-    def counted_reduce(x, *args, **kwargs):
-        calls.append(("all_reduce", x.nbytes))
-        return reduce(x, *args, **kwargs)
+    def allgather(self, out, x):
+        self.calls.append(("allgather", x[0].nbytes))
+        return self.group.allgather(out, x)
 
-    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
-    return calls
+    def __getattr__(self, name):
+        if name not in ("rank", "size"):
+            self.calls.append((name, 0))
+        return getattr(self.group, name)
 
 
-def traffic(calls: list[tuple[str, int]], T: int) -> dict[str, list[tuple[str, int]]]:
+def traffic(group: Counted, T: int) -> dict[str, list[tuple[str, int]]]:
     g = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(1, 2, T, 4, generator=g, requires_grad=True) for _ in range(3))
     decay, beta = -torch.rand(1, 2, T, generator=g), torch.rand(1, 2, T, generator=g)
     found = {}
     for name, run in {
-        "linear": lambda: split.linear_attention(q, k, v),
-        "per head": lambda: split.linear_attention(q, k, v, decay),
-        "per key": lambda: split.linear_attention(q, k, v, decay[..., None].expand_as(k)),
-        "delta": lambda: split.gated_delta_rule(q, 0.3 * k, v, beta, decay),
-        "scan": lambda: split.scan(decay.expand(2, 2, T).mT, v[0, :, :, :2]),
+        "linear": lambda: split.linear_attention(q, k, v, group=group),
+        "per head": lambda: split.linear_attention(q, k, v, decay, group=group),
+        "per key": lambda: split.linear_attention(q, k, v, decay[..., None].expand_as(k), group=group),
+        "delta": lambda: split.gated_delta_rule(q, 0.3 * k, v, beta, decay, group=group),
+        "scan": lambda: split.scan(decay.expand(2, 2, T).mT, v[0, :, :, :2], group=group),
     }.items():
         y, _ = run()
-        found[name] = [*calls, ("backward", 0)]
-        calls.clear()
-        y.square().sum().backward()
-        found[name] += calls
-        calls.clear()
+        group.calls.append(("backward", 0))
+        y.square().sum().backward(inputs=[q, k, v])
+        found[name] = list(group.calls)
+        group.calls.clear()
     return found
 
 
@@ -197,7 +209,7 @@ def test_one_collective_per_direction_of_the_same_bytes_at_any_length(ranks) -> 
     short, long = torch.load(folder / f"traffic.{size}.{0}")
     assert short == long
     for name, calls in long.items():
-        assert [kind for kind, _ in calls] == ["all_gather", "backward", "all_gather"], name
+        assert [kind for kind, _ in calls] == ["allgather", "backward", "allgather"], name
     state = 2 * 4 * 4 * 4
     assert long["linear"][0][1] == state + 2 * 4 * 4  # N and one decay per key feature
     assert long["delta"][0][1] == 2 * state  # N and a dense M

@@ -21,14 +21,24 @@ from remanence.errors import RemanenceError, ShapeError
 from remanence.ops import taps
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
 from remanence.ops.taps import Call
-from remanence.state import State, tree_map
+from remanence.state import State
 
 Group = Any
+"""A process group of `torch.distributed`: its `rank`, `size`, `allgather`, `send`, `recv`. None is all processes."""
+
+
+def joined(group: Group) -> Group:
+    """The group, or that of all processes; raises `RemanenceError` where they have not been joined."""
+    if group is not None:
+        return group
+    if not dist.is_initialized():
+        raise RemanenceError("There are no ranks yet: call torch.distributed.init_process_group, or start by torchrun.")
+    return dist.group.WORLD
 
 
 def _gather(x: Tensor, group: Group) -> list[Tensor]:
-    everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, x.contiguous(), group=group)
+    everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    group.allgather([everyone], [x.contiguous()]).wait()
     return everyone
 
 
@@ -40,7 +50,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, M: Tensor, N: Tensor, first: Tensor, group: Group) -> Tensor:
-        rank, dense = dist.get_rank(group), M.ndim == 4 and M.shape[-1] > 1
+        rank, dense = group.rank(), M.ndim == 4 and M.shape[-1] > 1
         if rank == 0:
             N = N + _apply(M, first, dense)
         everyone = _gather(torch.cat([M.flatten(), N.flatten()]), group)
@@ -56,7 +66,7 @@ class _Start(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, M, *later = ctx.saved_tensors
-        rank, dense = dist.get_rank(ctx.group), ctx.dense
+        rank, dense = ctx.group.rank(), ctx.dense
         grads = _gather(grad, ctx.group)
         d_N = torch.zeros_like(grad)
         for s in reversed(range(rank + 1, len(grads))):  # of the state that this rank leaves
@@ -83,23 +93,22 @@ class _FromLeft(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_x = _pass(grad, torch.zeros_like(grad), -1, ctx.group)
-        return d_x, grad if dist.get_rank(ctx.group) == 0 else torch.zeros_like(grad), None
+        return d_x, grad if ctx.group.rank() == 0 else torch.zeros_like(grad), None
 
 
 def _pass(x: Tensor, first: Tensor, step: int, group: Group) -> Tensor:
     """Send to the rank `step` further, receive from the one as far behind; `first` where there is none."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    requests, got = [], torch.empty_like(x, memory_format=torch.contiguous_format)
-    where = (lambda r: r) if group is None else (lambda r: dist.get_global_rank(group, r))
-    if 0 <= rank + step < size:
-        requests.append(dist.isend(x.contiguous(), where(rank + step), group=group))
-    if 0 <= rank - step < size:
-        requests.append(dist.irecv(got, where(rank - step), group=group))
+    rank, got = group.rank(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    sent = x.contiguous()
+    messages = []
+    if 0 <= rank + step < group.size():
+        messages.append(group.send([sent], rank + step, 0))
+    if 0 <= rank - step < group.size():
+        messages.append(group.recv([got], rank - step, 0))
     else:
         got = first.to(x.dtype).expand_as(x).clone()
-    for request in requests:
-        if request is not None:
-            request.wait()
+    for message in messages:
+        message.wait()
     return got
 
 
@@ -114,9 +123,7 @@ class _GatherAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
+        return torch.stack(_gather(grad, ctx.group))[:, ctx.group.rank()].sum(0), None
 
 
 def from_left(x: Tensor, first: Tensor, group: Group = None) -> Tensor:
@@ -124,7 +131,7 @@ def from_left(x: Tensor, first: Tensor, group: Group = None) -> Tensor:
 
     Shapes: `x` and `first` alike on every rank.
     """
-    return _FromLeft.apply(x, first, group)
+    return _FromLeft.apply(x, first, joined(group))
 
 
 def scan(log_decay: Tensor, b: Tensor, state: State | None = None, *, group: Group = None) -> tuple[Tensor, State]:
@@ -140,7 +147,7 @@ def scan(log_decay: Tensor, b: Tensor, state: State | None = None, *, group: Gro
     G = cumulative(floored(log_decay.to(local.dtype)), 1)
     N = after["h"]
     M = G[:, -1].exp().to(N.dtype) if G.shape[1] else torch.ones_like(N)
-    start = _Start.apply(M, N, _first(state, "h", N), group)
+    start = _Start.apply(M, N, _first(state, "h", N), joined(group))
     return local + G.exp().to(N.dtype) * start[:, None], {"h": M * start + N}
 
 
@@ -164,7 +171,7 @@ def linear_attention(
         G = cumulative(floored(log_decay.to(N.dtype)), 2)
         share = (G if G.ndim == 4 else G[..., None]).exp().to(N.dtype)
         M, read = M * share[:, :, -1, :, None], read * share
-    start = _Start.apply(M, N, _first(state, "S", N), group)
+    start = _Start.apply(M, N, _first(state, "S", N), joined(group))
     return (local + read @ start).to(value.dtype), {"S": M * start + N}
 
 
@@ -222,7 +229,7 @@ def _by_columns(
     begin = {"S": torch.cat([one.new_zeros(B, H, K, V), one], -1)}
     y, after = local(torch.cat([value.to(one.dtype), one.new_zeros(B, H, T, K)], -1), begin)
     N, M = after["S"].split([V, K], -1)
-    start = _Start.apply(M.contiguous(), N.contiguous(), _first(state, "S", N), group)
+    start = _Start.apply(M.contiguous(), N.contiguous(), _first(state, "S", N), joined(group))
     return (y[..., :V] + y[..., V:] @ start).to(value.dtype), {"S": M @ start + N}
 
 
@@ -243,7 +250,7 @@ def selective_scan(
     local, after = op(x, delta, A, B, C)
     N = after["h"]
     M = selective_scan_carry(x, delta, A, B, C)[0] if A is None else (delta.to(N.dtype).sum(1)[..., None] * A).exp()
-    start = _Start.apply(M, N, _first(state, "h", N), group)
+    start = _Start.apply(M, N, _first(state, "h", N), joined(group))
     inherited, _ = op(torch.zeros_like(x), delta, A, B, C, {"h": start})
     return local + inherited, {"h": M * start + N}
 
@@ -282,7 +289,8 @@ def window_attention(
     """
     from remanence import ops
 
-    reach, T, rank = window - 1, key.shape[2], dist.get_rank(group)
+    group = joined(group)
+    reach, T, rank = window - 1, key.shape[2], group.rank()
     dtype = recurrent_dtype(value)
     both = torch.cat([key, value], -1).to(dtype)
     past = both.new_zeros(*both.shape[:2], reach, both.shape[3])
@@ -292,9 +300,8 @@ def window_attention(
     if reach <= T:
         past = from_left(both[:, :, T - reach :], past, group)
     else:
-        first, *_ = _GatherAll.apply(past, group)
-        everyone = _GatherAll.apply(both, group)
-        past = torch.cat([first, *everyone[:rank]], 2)[:, :, -reach:]
+        everyone = _GatherAll.apply(torch.cat([past, both], 2), group)
+        past = torch.cat([everyone[0, :, :, :reach], *everyone[:rank, :, :, reach:]], 2)[:, :, -reach:]
     k, v = past.split([key.shape[3], value.shape[3]], -1)
     begin = {"k": k, "v": v, "seen": seen}
     return ops.window_attention(query, key, value, window=window, state=begin, prefix=prefix)
@@ -329,38 +336,3 @@ def sequence_parallel(group: Group = None) -> Iterator[None]:
 
     with taps.tap(handler):
         yield
-
-
-def run_split(
-    memory: Callable[..., tuple[Tensor, State]], x: Tensor, state: State | None = None, *, group: Group = None
-) -> tuple[Tensor, State]:
-    """Run a memory over a sequence of which every rank holds a piece of the same length, in order of ranks.
-
-    Equal to the memory over the whole sequence on one machine: outputs and gradients of inputs; those of parameters
-    and of rank 0's state sum over ranks. Positions start where the rank's piece does, token shifts (state entries
-    called "shift") come from the left neighbour.
-
-    Shapes: x and y [batch, time of the piece, dim]; state as the memory's; None, or the one before the first token.
-    """
-    rank, T = dist.get_rank(group), x.shape[1]
-    before: State = memory.initial_state(x.shape[0]) if state is None else state  # type: ignore[attr-defined]
-
-    def place(t: Tensor) -> Tensor:
-        if rank == 0 or T == 0:
-            return t
-        if t.dtype == torch.bool:  # flags say that nothing has been read
-            return torch.zeros_like(t)
-        return t + rank * T if t.dtype == torch.int64 and t.ndim == 1 else t
-
-    def shifted(tree: State) -> State:
-        return {
-            name: shifted(value)
-            if isinstance(value, dict)
-            else from_left(x[:, -1].to(value.dtype).view_as(value), value, group)
-            if name == "shift"
-            else value
-            for name, value in tree.items()
-        }
-
-    with sequence_parallel(group):
-        return memory(x, shifted(tree_map(place, before)))
