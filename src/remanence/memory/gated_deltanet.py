@@ -101,12 +101,14 @@ class GatedDeltaNet(Memory):
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = l2_norm(split(q, self.heads)) * self.head_dim**-0.5
-        q, k = (p.repeat_interleave(self.value_heads // self.heads, 1) for p in (q, k))
+        if self.value_heads > self.heads:
+            q, k = (p.repeat_interleave(self.value_heads // self.heads, 1) for p in (q, k))
         g = None if self.decay is None else self.decay(x)
         if self.writes > 1:
             q, g = spread(q, self.writes, -1), None if g is None else spread(g, self.writes, 0)
         y, S = self.rule(q, k, split(v, self.value_heads), beta, g, state["S"])
-        return y[:, :, self.writes - 1 :: self.writes], {"S": S, "conv": conv}
+        y = y if self.writes == 1 else y[:, :, self.writes - 1 :: self.writes]
+        return y, {"S": S, "conv": conv}
 
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and strengths that are written with, from those projected: [B, H, T, K] and [B, H, T]."""

@@ -71,17 +71,21 @@ def dplr(
     _check(query, key, value, a, b, log_decay)
     if chunk_size < 1:
         raise ValueError(f"dplr: chunk_size must be at least 1, got {chunk_size}.")
-    if key.shape[2] <= 1:
+    if not key.shape[2]:
         return dplr_reference(query, key, value, a, b, log_decay, state)
     dtype = recurrent_dtype(value)
     q, k, v, a, b = (x.to(dtype) for x in (query, key, value, a, b))
-    start = value.new_zeros(*key.shape[:2], key.shape[3], value.shape[3], dtype=dtype)
-    start = start if state is None else state["S"].to(dtype)
-    g = None if log_decay is None else floored(log_decay.to(dtype))
-    if value.device.type == "cpu":
-        y, S = _Compiled.apply(q, k, v, a, b, g, start)
+    if state is None:
+        S = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
     else:
-        y, S = dplr_chunked(q, k, v, a, b, g, start, chunk_size)
+        S = state["S"].to(dtype)
+    g = None if log_decay is None else floored(log_decay.to(dtype))
+    if key.shape[2] == 1:
+        y, S = _step(q, k, v, a, b, g, S)
+    elif value.device.type == "cpu":
+        y, S = _Compiled.apply(q, k, v, a, b, g, S)
+    else:
+        y, S = dplr_chunked(q, k, v, a, b, g, S, chunk_size)
     return y.to(value.dtype), {"S": S}
 
 
@@ -100,6 +104,13 @@ def dplr_carry(
     S = dplr(key, key, wide, a, b, log_decay, {"S": start}, chunk_size=chunk_size)[1]["S"]
     N, M = S.split([V, K], -1)
     return M, N
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, as matrix products with a time axis of one."""
+    written = torch.cat([k, b], 2).mT @ torch.cat([v, a @ S], 2)
+    S = written + (S if g is None else g.exp().mT * S)
+    return q @ S, S
 
 
 def dplr_chunked(
