@@ -360,8 +360,8 @@ def test_taylor_features_approximate_the_exponential_to_second_order() -> None:
 
 def test_prefix_linear_attention_is_its_formula() -> None:
     layer, x = made("jrt"), tokens(15)
-    q, k, ke = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (layer.q, layer.k, layer.prefix_k))
-    v, ve = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (layer.v, layer.prefix_v))
+    q, k = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in layer.qk(x).chunk(2, -1))
+    ke, v, ve = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (layer.prefix_k, layer.v, layer.prefix_v))
 
     def scores(keys: Tensor) -> Tensor:
         s = q @ keys.mT / 2
@@ -422,6 +422,12 @@ def test_shared_keys_and_partial_phases_are_full_attention_in_the_window() -> No
 
     y = F.scaled_dot_product_attention(turn(q), turn(k), v, is_causal=True, enable_gqa=True)
     near(layer(x)[0], layer.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_attention_without_phases_has_no_positions() -> None:
+    layer, x = WindowAttention(16, window=30, rotary=0.0).double(), tokens(20)
+    order = [*torch.randperm(19).tolist(), 19]
+    near(layer(x[:, order])[0][:, -1], layer(x)[0][:, -1])
 
 
 def test_recurrentgemma_repeats_its_pattern_and_has_the_published_sizes() -> None:

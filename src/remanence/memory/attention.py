@@ -65,9 +65,8 @@ class WindowAttention(Memory):
         if not 0 <= rotary <= 1 or self.turned % 2:
             given = f"rotary={rotary}, head_dim={self.head_dim}"
             raise ValueError(f"WindowAttention: rotary must be a share in [0, 1] of an even number, got {given}.")
-        self.widths = [n * self.head_dim for n in (heads, self.kv_heads, self.kv_heads)]
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=bias)
-        self.out = nn.Linear(self.widths[0], dim, bias=out_bias)
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
         pairs = torch.arange(0, self.turned, 2, dtype=torch.float64) / max(self.turned, 1)
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 
@@ -77,9 +76,9 @@ class WindowAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
-        q, k, v = (split(part, part.shape[-1] // self.head_dim) for part in (q, k, v))
-        q, k = (self._turn(part, state["seen"]) for part in (q, k))
+        sizes = [self.heads + self.kv_heads, self.kv_heads]
+        qk, v = split(self.qkv(x), sum(sizes)).split(sizes, dim=1)
+        q, k = self._turn(qk, state["seen"]).split([self.heads, self.kv_heads], dim=1)
         share = self.heads // self.kv_heads
         if share > 1:  # shared when read, not in the state
             k, v = (part.repeat_interleave(share, dim=1) for part in (k, v))
@@ -90,5 +89,7 @@ class WindowAttention(Memory):
         return self.out(merge(y).to(x.dtype)), after
 
     def _turn(self, x: Tensor, start: Tensor) -> Tensor:
+        if self.turned == self.head_dim:
+            return rotate(x, start, self.frequencies)
         turned, rest = x[..., : self.turned], x[..., self.turned :]
         return torch.cat([rotate(turned, start, self.frequencies), rest], dim=-1)

@@ -88,8 +88,8 @@ class PrefixLinearAttention(Memory):
             raise ValueError(f"PrefixLinearAttention: prefix must be at least 0 and features 1, got {given}.")
         self.dim, self.heads, self.features, self.prefix = dim, heads, features, prefix
         self.head_dim = per_head("PrefixLinearAttention", dim, heads)
-        self.q = nn.Linear(dim, heads * features, bias=False)
-        self.k, self.prefix_k = (nn.Linear(dim, heads * features, bias=False) for _ in range(2))
+        self.qk = nn.Linear(dim, 2 * heads * features, bias=False)
+        self.prefix_k = nn.Linear(dim, heads * features, bias=False)
         self.v, self.prefix_v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
         self.out = nn.Linear(dim, dim, bias=False)
 
@@ -103,18 +103,15 @@ class PrefixLinearAttention(Memory):
         S = state["S"]
         if not state["begun"].all():
             head = x[:, : self.prefix]
-            read = self._features(self.prefix_k, head).mT @ self._values(self.prefix_v, head)
+            read = taylor_features(split(self.prefix_k(head), self.heads)).mT @ self._values(self.prefix_v(head))
             S = S + torch.where(state["begun"][:, None, None, None], 0.0, read)
-        q, k, v = self._features(self.q, x), self._features(self.k, x), self._values(self.v, x)
-        y, after = ops.linear_attention(q, k, v, state={"S": S})
+        q, k = taylor_features(split(self.qk(x), 2 * self.heads)).chunk(2, dim=1)
+        y, after = ops.linear_attention(q, k, self._values(self.v(x)), state={"S": S})
         mean = y[..., :-1] / (y[..., -1:] + 1e-12)
         return self.out(merge(mean).to(x.dtype)), {**after, "begun": state["begun"] | (x.shape[1] > 0)}
 
-    def _features(self, project: nn.Module, x: Tensor) -> Tensor:
-        return taylor_features(split(project(x), self.heads))
-
-    def _values(self, project: nn.Module, x: Tensor) -> Tensor:
-        v = split(project(x), self.heads)
+    def _values(self, v: Tensor) -> Tensor:
+        v = split(v, self.heads)
         return torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
 
 

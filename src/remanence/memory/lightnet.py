@@ -79,6 +79,8 @@ def running_logsumexp(x: Tensor, start: Tensor) -> Tensor:
 
     Shapes: x and z [B, T, D], start [B, D].
     """
+    if x.shape[1] == 1:
+        return torch.logaddexp(start[:, None], x)
     # Any reference gives the same z, so the largest so far may be a constant; the scan carries the gradient.
     most = torch.cat([start[:, None], x], 1).detach().cummax(1).values
     total, _ = ops.scan(most[:, :-1] - most[:, 1:], (x - most[:, 1:]).exp(), {"h": (start - most[:, 0]).exp()})
