@@ -105,7 +105,11 @@ class SoftmaxAttention(SoftmaxWeights):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=fresh)
         room = max(room, -(-total // BLOCK) * BLOCK)
         keys, values = (_last(part, room) for part in (keys, values))
-        return self.out(merge(y).to(x.dtype)), {"keys": keys, "values": values, "position": position + T}
+        return self.readout(merge(y).to(x.dtype), x), {"keys": keys, "values": values, "position": position + T}
+
+    def readout(self, y: Tensor, x: Tensor) -> Tensor:
+        """What attention found, projected to `dim`. Shapes: [batch, time, heads·head_dim], x as in `forward`."""
+        return self.out(y)
 
 
 def with_room(state: State, room: int) -> State:
