@@ -15,14 +15,15 @@ from remanence.ops import causal_conv, causal_conv_reference
     cuts=st.lists(st.integers(0, 40), max_size=4),
     biased=st.booleans(),
     given_state=st.booleans(),
+    silu=st.booleans(),
 )
-def test_any_cuts_give_the_loop(obeys, draw, T, width, cuts, biased, given_state):
+def test_any_cuts_give_the_loop(obeys, draw, T, width, cuts, biased, given_state, silu):
     noise = draw(T)
     weight, bias = noise(3, width), noise(3) if biased else None
     state = {"tail": noise(2, width - 1, 3)} if given_state else None
     obeys(
-        lambda x, state: causal_conv(x, weight, bias, state),
-        lambda x, state: causal_conv_reference(x, weight, bias, state),
+        lambda x, state: causal_conv(x, weight, bias, state, silu=silu),
+        lambda x, state: causal_conv_reference(x, weight, bias, state, silu=silu),
         [noise(2, T, 3)],
         sorted(min(c, T) for c in cuts),
         state,
@@ -51,7 +52,15 @@ def test_it_is_a_depthwise_convolution(draw):
 
 
 def test_float32(agrees_in_float32, draw):
-    agrees_in_float32(lambda x, w: causal_conv(x, w), [draw(0)(2, 200, 3), draw(1)(3, 4)])
+    for silu in (False, True):
+        x = [10 * draw(0)(2, 200, 3), draw(1)(3, 4)]
+        agrees_in_float32(lambda x, w, silu=silu: causal_conv(x, w, silu=silu), x)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_second_derivatives_are_those_of_the_loop(draw, silu):
+    x = [draw(0)(1, 4, 2), draw(1)(2, 3), draw(2)(2)]
+    assert torch.autograd.gradgradcheck(lambda *x: causal_conv(*x, silu=silu)[0], x)
 
 
 def test_bfloat16_keeps_a_float32_tail(draw):

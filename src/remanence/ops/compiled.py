@@ -100,7 +100,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def spread(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
-    """Call `kernel(first, last, *arguments)` over 0 … `parts` − 1, which know nothing of each other.
+    """Call `kernel(first, last, *arguments)` for 0 … `parts` − 1, which know nothing of each other.
 
     On as many threads as PyTorch uses, where there is work (`size`, in numbers touched) for more than one. Python
     threads wait without spinning, so that a busy neighbour costs its share and no more.
@@ -118,3 +118,17 @@ def spread(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -
 
 def _call(kernel: Callable[..., Any], arguments: tuple[Any, ...], first: int, last: int) -> None:
     kernel(first, last, *arguments)
+
+
+BAND = 128
+"""Features that a thread takes at once: long enough to vectorise, short enough to share out."""
+
+
+def spread_bands(kernel: Callable[..., Any], features: int, size: int, *arguments: Any) -> None:
+    """Call `kernel(first, last, *arguments)` over bands of features; tensors are passed as arrays."""
+    given = [x.detach().numpy() if isinstance(x, Tensor) else x for x in arguments]
+
+    def run(first: int, last: int) -> None:
+        kernel(first * BAND, min(last * BAND, features), *given)
+
+    spread(run, -(-features // BAND), size)

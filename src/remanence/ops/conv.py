@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import recurrent_dtype
+from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.state import State
 
 
 def causal_conv_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None, *, silu: bool = False
 ) -> tuple[Tensor, State]:
     """The definition: y_t = bias + Σ_j w_j ⊙ x_{t−width+1+j}: the last column of `weight` meets the present."""
     tail = _tail(x, weight, state)
@@ -19,15 +22,16 @@ def causal_conv_reference(
     for t in range(x.shape[1]):
         seen = torch.cat([tail, x[:, t : t + 1]], 1)
         now = (seen * weight.mT).sum(1)
-        y.append(now if bias is None else now + bias)
+        now = now if bias is None else now + bias
+        y.append(F.silu(now) if silu else now)
         tail = seen[:, 1:]
     return (torch.stack(y, 1).to(x.dtype) if y else x), {"tail": tail}
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None, *, silu: bool = False
 ) -> tuple[Tensor, State]:
-    """y_t = bias + Σ_{j < width} w_j ⊙ x_{t−width+1+j}; no activation.
+    """y_t = bias + Σ_{j < width} w_j ⊙ x_{t−width+1+j}, or SiLU of it.
 
     Shapes: `x` and y [B, T, D], any T ≥ 0; `weight` [D, width], its last column meeting the present token;
     `bias` None or [D]; state {"tail": [B, width − 1, D]}, the last raw inputs, float32 or wider.
@@ -35,14 +39,52 @@ def causal_conv(
     """
     expect("causal_conv", "x", x, "batch time features", features=weight.shape[0])
     expect("causal_conv", "weight", weight, "features width")
-    T, width = x.shape[1], weight.shape[1]
+    T = x.shape[1]
     seen = torch.cat([_tail(x, weight, state), x], 1)
-    # Shifted products: several times faster on a CPU than a depthwise conv1d, which wants time last.
-    y = seen[:, :T] * weight[:, 0]
-    for j in range(1, width):
-        y = y + seen[:, j : j + T] * weight[:, j]
-    y = y if bias is None else y + bias
-    return y.to(x.dtype), {"tail": seen[:, T:]}
+    b = seen.new_zeros(weight.shape[0]) if bias is None else bias.to(seen.dtype).contiguous()
+    taps = weight.to(seen.dtype).mT.contiguous()
+    run = _Compiled.apply if seen.device.type == "cpu" and T > 1 else _shifted
+    return run(seen, taps, b, silu).to(x.dtype), {"tail": seen[:, T:]}
+
+
+def _shifted(seen: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    """Sums of shifted products, in differentiable operations on any device."""
+    T = seen.shape[1] - taps.shape[0] + 1
+    y = bias + sum(seen[:, j : j + T] * tap for j, tap in enumerate(taps))
+    return F.silu(y) if silu else y
+
+
+class _Compiled(torch.autograd.Function):
+    """The same in one pass over the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
+        from remanence.ops import conv_kernels as kernels
+        from remanence.ops.compiled import spread_bands
+
+        B, T, D = seen.shape
+        y = seen.new_empty(B, T - taps.shape[0] + 1, D)
+        spread_bands(kernels.forward, D, seen.numel(), seen, taps, bias, silu, y)
+        ctx.save_for_backward(seen, taps, bias)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from remanence.ops import conv_kernels as kernels
+        from remanence.ops.compiled import spread_bands
+
+        seen, taps, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+
+            def plain(seen: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+                return _shifted(seen, taps, bias, ctx.silu)
+
+            return *second_order(ctx.needs_input_grad[:3], plain, (seen, taps, bias), grads), None
+        found = torch.zeros_like(seen), torch.zeros_like(taps), torch.zeros_like(bias)
+        inputs = seen, taps, bias, ctx.silu, grads[0].contiguous()
+        spread_bands(kernels.backward, seen.shape[2], seen.numel(), *inputs, *found)
+        return *found, None
 
 
 def _tail(x: Tensor, weight: Tensor, state: State | None) -> Tensor:

@@ -11,9 +11,6 @@ from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.state import State
 
-BAND = 128
-"""Features that a thread takes at once: long enough to vectorise, short enough to share out."""
-
 
 def scan_reference(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """The definition: h_t = exp(g_t) ⊙ h_{t−1} + b_t."""
@@ -41,8 +38,8 @@ def scan(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tens
     dtype = recurrent_dtype(b)
     if T <= 1:
         return scan_reference(log_decay, b, state)
-    log_decay, b = log_decay.to(dtype), b.to(dtype)
-    start = b.new_zeros(B, D) if state is None else state["h"].to(dtype)
+    log_decay, b = log_decay.to(dtype).contiguous(), b.to(dtype).contiguous()
+    start = b.new_zeros(B, D) if state is None else state["h"].to(dtype).contiguous()
     h = (_Scan.apply if b.device.type == "cpu" else _scan_by_doubling)(log_decay, b, start)
     return h, {"h": h[:, -1]}
 
@@ -70,33 +67,23 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_decay: Tensor, b: Tensor, start: Tensor) -> Tensor:
-        log_decay, b, start = log_decay.contiguous(), b.contiguous(), start.contiguous()
+        from remanence.ops import scan_kernels as kernels
+        from remanence.ops.compiled import spread_bands
+
         h = torch.empty_like(b)
-        _over_bands("forward", log_decay, b, start, h)
+        spread_bands(kernels.forward, b.shape[2], b.numel(), log_decay, b, start, h)
         ctx.save_for_backward(log_decay, b, start, h)
         return h
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from remanence.ops import scan_kernels as kernels
+        from remanence.ops.compiled import spread_bands
+
         log_decay, b, start, h = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             return second_order(ctx.needs_input_grad, _scan_by_doubling, (log_decay, b, start), grads)
         d_log_decay, d_b, d_start = torch.empty_like(h), torch.empty_like(h), torch.empty_like(start)
-        _over_bands("backward", log_decay, start, h, grads[0].contiguous(), d_log_decay, d_b, d_start)
+        inputs = log_decay, start, h, grads[0].contiguous()
+        spread_bands(kernels.backward, h.shape[2], h.numel(), *inputs, d_log_decay, d_b, d_start)
         return d_log_decay, d_b, d_start
-
-
-def _over_bands(name: str, *tensors: Tensor) -> None:
-    """Run a kernel over bands of features, which know nothing of each other."""
-    from remanence.ops import scan_kernels
-    from remanence.ops.compiled import spread
-
-    B, T, D = tensors[0].shape
-    arrays = [x.detach().numpy() for x in tensors]
-    bands = -(-D // BAND)
-    kernel = getattr(scan_kernels, name)
-
-    def run(first: int, last: int) -> None:
-        kernel(first * BAND, min(last * BAND, D), *arrays)
-
-    spread(run, bands, B * T * D)
