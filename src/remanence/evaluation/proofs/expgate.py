@@ -33,7 +33,7 @@ def xlstm() -> tuple[Check, Check]:
     forget = F.logsigmoid(3 + draw(1, 2, 300))
     write = (60 * draw(1, 2, 300)).clamp(-100, 100)
     want, _ = expgate_reference(q, k, v, forget, write)
-    narrow = [x.float() for x in (q, k, v, forget, write)]
+    narrow = (q.float(), k.float(), v.float(), forget.float(), write.float())
 
     def unscaled(q: Tensor, k: Tensor, v: Tensor, forget: Tensor, write: Tensor) -> Tensor:
         counted = torch.cat([v, torch.ones_like(v[..., :1])], -1)
@@ -69,7 +69,7 @@ def rwkv() -> tuple[Check, Check]:
     logits = torch.where((t[:, None] > t)[..., None], past, -math.inf)
     logits = torch.where((t[:, None] == t)[..., None], k[:, None] + u, logits)
     want = torch.einsum("btjd,bjd->btd", logits.softmax(2), v)
-    narrow = [x.float() for x in (k, v, g, u)]
+    narrow = (k.float(), v.float(), g.float(), u.float())
 
     def unscaled(k: Tensor, v: Tensor, g: Tensor, u: Tensor) -> Tensor:
         sums = torch.zeros(2, 1, width)

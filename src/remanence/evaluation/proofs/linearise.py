@@ -77,9 +77,7 @@ def seeded_adapters(model: nn.Module) -> list[nn.Parameter]:
         return adapt(model, 4)
 
 
-@proof(
-    "lizard", "Taught to imitate a layer's attention, it misses little of it; a window with meta tokens alone does not."
-)
+@proof("lizard", "Taught to imitate a layer's attention it misses little of it; a window with meta tokens misses more.")
 def lizard() -> tuple[Check, Check]:
     source = torch.Generator().manual_seed(1)
     teacher = seeded(lambda: SoftmaxAttention(16, heads=2), 0).float()
