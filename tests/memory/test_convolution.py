@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,3 +384,11 @@ def test_proofs_hold_and_their_controls_do_not(id: str) -> None:
     system, control = getattr(convolution, id)()
     assert system.holds, system.says
     assert not control.holds, control.says
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "convolutions.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})

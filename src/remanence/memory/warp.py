@@ -12,11 +12,12 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide
-from remanence.ops.dense_ssm import dense_ssm
 from remanence.state import State
 
 TRANSITIONS = ("diagonal", "dense")
 STARTS = ("learned", "network")
+PIECE = 32
+"""Tokens over which a diagonal transition goes by matrix products."""
 
 
 @card(
@@ -122,11 +123,19 @@ class WARP(Memory):
 
     def evolve(self, b: Tensor, theta: Tensor) -> Tensor:
         """θ_t = A θ_{t−1} + b_t for all t, from θ_0: [batch, time, P]."""
-        A = wide(self.A)
+        A, out = wide(self.A), [b[:, :0]]
         if A.ndim == 1 and self.clip is None:
-            one = torch.ones_like(A)[:, None]
-            return dense_ssm(b, A[:, None, None], one, one[..., None], {"h": theta[..., None]})[0][..., 0]
-        out = [b[:, :0]]
+            step = torch.arange(PIECE + 1, device=b.device)
+            powers = A[:, None] ** step  # [P, PIECE + 1]
+            lag = step[1:, None] - step[1:]
+            local = powers[:, lag.clamp(min=0)].masked_fill(lag < 0, 0)  # [P, PIECE, PIECE]: A^{i−j} for j ≤ i
+            for piece in b.split(PIECE, 1):
+                n = piece.shape[1]
+                if n:
+                    started = theta[:, None] * powers[:, 1 : n + 1].mT
+                    out.append((local[:, :n, :n] @ piece.permute(2, 1, 0)).permute(2, 1, 0) + started)
+                    theta = out[-1][:, -1]
+            return torch.cat(out, 1)
         for change in b.unbind(1):
             theta = (theta @ A.mT if A.ndim == 2 else theta * A) + change
             theta = theta if self.clip is None else theta.clamp(-self.clip, self.clip)
