@@ -39,9 +39,7 @@ MAKERS: dict[str, Callable[[], Memory]] = {
     "rwkv6": lambda: RWKV6(16, mix_rank=4, decay_rank=4),
     "lightnet": lambda: LightNet(16, gate_rank=4),
     "jrt": lambda: PrefixLinearAttention(16, features=4, prefix=6),
-    "attention-shared": lambda: WindowAttention(
-        16, kv_heads=2, head_dim=6, rotary=0.7, bias=True, out_bias=True, window=7
-    ),
+    "attention": lambda: WindowAttention(16, kv_heads=2, head_dim=6, rotary=0.7, bias=True, out_bias=True, window=7),
     "recurrentgemma": lambda: RecurrentGemma(16, layers=4, heads=2, window=7, hidden=20),
 }
 every = pytest.mark.parametrize("name", [*MAKERS])
