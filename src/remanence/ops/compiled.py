@@ -71,16 +71,26 @@ def flat(x: Tensor, axes: int) -> Flat:
     What comes after these axes is contiguous. So a kernel can read [B, H, T, K] also where it is a view of
     [B, T, H, K], and still loop over contiguous features.
     """
-    inner = x.shape[axes:]
-    if inner and x.stride()[axes:] != torch.empty(inner, device="meta").stride():
+    x = x.detach()
+    if not _rows_are_contiguous(x, axes):
         x = x.contiguous()
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.detach().as_strided((span,), (1,)).numpy(), x.stride()[:axes]
+    return x.as_strided((span,), (1,)).numpy(), x.stride()[:axes]
 
 
-def flat_decay(g: Tensor | None, like: Tensor) -> Flat:
-    """The same of log decays [B, H, T] or [B, H, T, K], or of none."""
-    return (np.empty(0, like.detach().new_empty(0).numpy().dtype), (0, 0, 0)) if g is None else flat(g, 3)
+def blank(x: Tensor, axes: int) -> Tensor:
+    """An empty tensor for `flat` to write to: laid out like x where that can be."""
+    y = torch.empty_like(x)
+    return y if _rows_are_contiguous(y, axes) else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows_are_contiguous(x: Tensor, axes: int) -> bool:
+    return x.stride()[axes:] == torch.empty(x.shape[axes:], device="meta").stride()
+
+
+def flat_or_none(x: Tensor | None, axes: int, like: Tensor) -> Flat:
+    """The same of a tensor that may be absent: then an array without numbers, of the dtype of `like`."""
+    return flat(like.new_empty((0,) * (axes + 1)) if x is None else x, axes)
 
 
 def rows(x: Tensor) -> np.ndarray:

@@ -100,13 +100,13 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import delta_kernels as kernels
-        from remanence.ops.compiled import flat, flat_decay, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
 
         B, H, T, K = k.shape
         V = v.shape[3]
-        y, end = torch.empty_like(v), v.new_empty(B, H, K, V)
+        y, end = blank(v, 3), v.new_empty(B, H, K, V)
         errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // size), K, V)
-        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_decay(g, q), rows(start)
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), errors.numpy(), befores.numpy(), rows(end)
         spread(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)
         ctx.save_for_backward(q, k, v, b, g, start, end, errors, befores)
@@ -116,7 +116,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import delta_kernels as kernels
-        from remanence.ops.compiled import flat, flat_decay, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
 
         q, k, v, b, g, start, end, errors, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -128,12 +128,12 @@ class _Compiled(torch.autograd.Function):
 
             return *second_order(ctx.needs_input_grad[:6], plain, (q, k, v, b, g, start), grads), None
         B, H, T, _ = k.shape
-        d_q, d_k, d_v, d_b = (torch.empty_like(x) for x in (q, k, v, b))
-        d_g = None if g is None else torch.empty_like(g)
+        d_q, d_k, d_v, d_b = (blank(x, 3) for x in (q, k, v, b))
+        d_g = None if g is None else blank(g, 3)
         d_start = grads[1].clone(memory_format=torch.contiguous_format)
-        inputs = *flat(q, 3), *flat(k, 3), *flat(b, 3), *flat_decay(g, q)
+        inputs = *flat(q, 3), *flat(k, 3), *flat(b, 3), *flat_or_none(g, 3, q)
         kept = errors.numpy(), befores.numpy(), rows(end), *flat(grads[0], 3)
-        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat(d_b, 3), *flat_decay(d_g, q), rows(d_start)
+        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat(d_b, 3), *flat_or_none(d_g, 3, q), rows(d_start)
         spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, int(g is not None), *inputs, *kept, *outputs)
         return d_q, d_k, d_v, d_b, d_g, d_start, None
 

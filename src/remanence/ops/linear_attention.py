@@ -96,12 +96,12 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import linear_attention_kernels as kernels
-        from remanence.ops.compiled import flat, flat_decay, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
 
         B, H, T, K = k.shape
-        y, end = torch.empty_like(v), v.new_empty(B, H, K, v.shape[3])
+        y, end = blank(v, 3), v.new_empty(B, H, K, v.shape[3])
         befores = v.new_empty(B * H, -(-T // size), K, v.shape[3])
-        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_decay(g, q)
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q)
         kind = 0 if g is None else g.ndim - 2
         spread(
             kernels.forward,
@@ -124,7 +124,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import linear_attention_kernels as kernels
-        from remanence.ops.compiled import flat, flat_decay, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
 
         q, k, v, g, start, end, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -134,19 +134,19 @@ class _Compiled(torch.autograd.Function):
 
             return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, g, start), grads), None
         B, H, T, _ = k.shape
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_g = None if g is None else torch.empty_like(g)
+        d_q, d_k, d_v = (blank(x, 3) for x in (q, k, v))
+        d_g = None if g is None else blank(g, 3)
         d_start = grads[1].clone(memory_format=torch.contiguous_format)
         inputs = (
             *flat(q, 3),
             *flat(k, 3),
             *flat(v, 3),
-            *flat_decay(g, q),
+            *flat_or_none(g, 3, q),
             befores.numpy(),
             rows(end),
             *flat(grads[0], 3),
         )
-        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_decay(d_g, q), rows(d_start)
+        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_or_none(d_g, 3, q), rows(d_start)
         kind = 0 if g is None else g.ndim - 2
         spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, kind, *inputs, *outputs)
         return d_q, d_k, d_v, d_g, d_start, None
