@@ -1,11 +1,12 @@
 """Multi-query recall by memories that hold the same number of bytes.
 
-    OMP_NUM_THREADS=1 python benchmarks/recall_at_bytes.py    # all memories at 4 and 16 kB
+    OMP_NUM_THREADS=1 python benchmarks/recall_at_bytes.py                  # all memories, at 4 and at 16 kB
     OMP_NUM_THREADS=1 python benchmarks/recall_at_bytes.py --only gla mamba2 --bytes 4096 --steps 300
 
 Two layers of width 64, 20,000 sequences: `--pairs` keys and values, a pause, then each key again. Each memory gets
-the arguments, of those in `SIZES`, with which a stack of two comes nearest to the bytes asked for, with its
-convolution tails. Softmax attention, whose state grows, is there for comparison. Prints a row as soon as it is measured.
+the arguments, of those in `SIZES`, with which a stack of two comes nearest to the bytes asked for, its convolution
+tails among them. Softmax attention, whose state grows, is there for comparison. A row is printed as soon as it is
+measured. With `--together` a key and its value are one token, so that no layer need look back to find the pair.
 """
 
 from __future__ import annotations
@@ -70,10 +71,11 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=32)
     parser.add_argument("--pause", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--together", action="store_true", help="a key and its value are one token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", help="write this picture at the end")
     given = parser.parse_args()
-    task = {"mqar": Recall(given.pairs, given.pause, given.symbols)}
+    task = {"mqar": Recall(given.pairs, given.pause, given.symbols, given.together)}
     rows = []
     for wanted in given.bytes:
         for name in given.only:

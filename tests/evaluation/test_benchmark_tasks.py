@@ -22,6 +22,7 @@ TASKS = [
     Lags(8, 5),
     Lags(8, 5, only=4),
     Stretched(Recall(3, 4, 6)),
+    Recall(3, 4, 6, together=True),
     Disjointness(2, 5, 12),
     Disjointness(3, 5, 12, "long", repeat=True),
     Index(20, 6),
@@ -93,6 +94,13 @@ def test_shapes_ranges_and_seeds(task):
 def test_who_reads_the_inputs_can_answer_everything(task):
     drawn = task.draw(60, generator(4))
     inputs, targets, mask = drawn[:3]
+    if isinstance(task, Recall):
+        for row, answers in zip(inputs, targets, strict=True):
+            told = [tuple(token.nonzero()[:, 0].tolist()) for token in row[:3]]
+            assert all(len(pair) == 2 for pair in told)
+            assert answers[-3:].tolist() == [dict(told)[int(key)] for key in row[-3:].argmax(-1)]
+            assert (row[3:].sum(-1) == 1).all()
+        return
     if isinstance(task, Selectivity):
         symbols = torch.where(inputs.sum(-1) > 0, inputs.argmax(-1), -1)
         assert torch.equal(task.grammar.track(symbols), targets)

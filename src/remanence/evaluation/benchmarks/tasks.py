@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Shapes: `inputs` and `targets` int64 [batch, time], `mask` bool [batch, time]."""
+    """Shapes: `inputs` int64 [batch, time], or floating [batch, time, features] where tokens are mixtures;
+    `targets` int64 [batch, time], `mask` bool [batch, time]."""
 
     inputs: Tensor
     targets: Tensor
@@ -98,7 +99,9 @@ class Recall(Task):
     """Multi-query associative recall: key-value pairs, a pause, then each key again in another order.
 
     `k₁ v₁ … k_P v_P · · · k_π(1) … k_π(P)`: at each key after the pause the answer is the value that followed it.
-    Keys are tokens below `symbols`, values the next `symbols`, the pause is the token after those.
+    Keys are tokens below `symbols`, values the next `symbols`, the pause is the token after those. `together` gives a
+    key and its value as one token, the sum of both (inputs are then features): no layer need look back to the token
+    before, which some memories are made for and others learn slowly, and what is measured is the memory alone.
 
     Source: Zoology, Arora et al. 2023, arXiv:2312.04927. There the queries stand at random distances; here all come
         after `pause` tokens, so that what reaches back no further than the pause can only guess.
@@ -107,6 +110,7 @@ class Recall(Task):
     pairs: int = 8
     pause: int = 32
     symbols: int = 24
+    together: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -123,12 +127,18 @@ class Recall(Task):
         told = torch.stack([keys, values], 2).flatten(1)
         pause = torch.full((batch, self.pause), 2 * self.symbols)
         inputs = torch.cat([told, pause, keys.gather(1, order)], 1)
+        if self.together:
+            features = torch.nn.functional.one_hot(inputs, self.vocabulary).float()
+            told, rest = features.split([2 * self.pairs, self.pause + self.pairs], 1)
+            features = torch.cat([told.unflatten(1, (-1, 2)).sum(2), rest], 1)
+            inputs = inputs[:, self.pairs :]
         targets = torch.zeros_like(inputs)
         targets[:, -self.pairs :] = values.gather(1, order)
-        return Batch(inputs, targets, _from(inputs.shape[1] - self.pairs, inputs))
+        mask = _from(inputs.shape[1] - self.pairs, inputs)
+        return Batch(features if self.together else inputs, targets, mask)
 
     def longer(self) -> Recall:
-        return Recall(self.pairs, 2 * self.pause, self.symbols)
+        return replace(self, pause=2 * self.pause)
 
 
 @dataclass(frozen=True)
