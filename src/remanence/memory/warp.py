@@ -17,7 +17,7 @@ from remanence.state import State
 TRANSITIONS = ("diagonal", "dense")
 STARTS = ("learned", "network")
 PIECE = 32
-"""Tokens over which a diagonal transition goes by matrix products."""
+"""Tokens over which a diagonal transition goes at once, by doubling."""
 
 
 @card(
@@ -101,7 +101,7 @@ class WARP(Memory):
         parts = theta.split([(i + 1) * o for i, o in self.layers], -1)
         for n, (part, (i, o)) in enumerate(zip(parts, self.layers, strict=True)):
             weight, bias = part.split([i * o, o], -1)
-            y = (weight.unflatten(-1, (o, i)) @ (F.relu(y) if n else y)[..., None])[..., 0] + bias
+            y = (weight.unflatten(-1, (o, i)) * (F.relu(y) if n else y)[..., None, :]).sum(-1) + bias
         return y
 
     def predict(self, x: Tensor, state: State | None = None) -> tuple[Tensor, Tensor | None, State]:
@@ -125,16 +125,14 @@ class WARP(Memory):
         """θ_t = A θ_{t−1} + b_t for all t, from θ_0: [batch, time, P]."""
         A, out = wide(self.A), [b[:, :0]]
         if A.ndim == 1 and self.clip is None:
-            step = torch.arange(PIECE + 1, device=b.device)
-            powers = A[:, None] ** step  # [P, PIECE + 1]
-            lag = step[1:, None] - step[1:]
-            local = powers[:, lag.clamp(min=0)].masked_fill(lag < 0, 0)  # [P, PIECE, PIECE]: A^{i−j} for j ≤ i
-            for piece in b.split(PIECE, 1):
-                n = piece.shape[1]
-                if n:
-                    started = theta[:, None] * powers[:, 1 : n + 1].mT
-                    out.append((local[:, :n, :n] @ piece.permute(2, 1, 0)).permute(2, 1, 0) + started)
-                    theta = out[-1][:, -1]
+            for piece in b.split(PIECE, 1) if b.shape[1] else ():
+                h = torch.cat([piece[:, :1] + (A * theta)[:, None], piece[:, 1:]], 1)
+                reach, power = 1, A
+                while reach < h.shape[1]:  # h_t has read `reach` tokens back
+                    h = torch.cat([h[:, :reach], h[:, reach:] + power * h[:, :-reach]], 1)
+                    reach, power = 2 * reach, power * power
+                theta = h[:, -1]
+                out.append(h)
             return torch.cat(out, 1)
         for change in b.unbind(1):
             theta = (theta @ A.mT if A.ndim == 2 else theta * A) + change
