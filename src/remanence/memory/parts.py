@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence import ops
+from remanence.ops.norm import normalise
 from remanence.state import State
 
 
@@ -57,7 +58,17 @@ def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Unit vectors along the last axis; `eps` keeps the gradient at zero finite."""
-    return x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()
+    return normalise(x, eps=eps, mean=False)
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, in one pass over the input. eps is 10⁻⁵ unless given."""
+
+    def __init__(self, width: int, eps: float = 1e-5, elementwise_affine: bool = True):
+        super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalise(x, self.weight, eps=self.eps or 0.0)
 
 
 class ShortConv(nn.Module):
@@ -127,8 +138,8 @@ class GatedReadout(nn.Module):
     ):
         super().__init__()
         width = heads * head_dim
-        self.norm = nn.RMSNorm(head_dim, eps=eps, elementwise_affine=affine)
-        self.activation = activation
+        self.norm = RMSNorm(head_dim, eps=eps, elementwise_affine=affine)
+        self.activation, self.eps = activation, eps
         self.gate: nn.Module | None = None
         if activation is not None and rank is None:
             self.gate = nn.Linear(dim, width, bias=False)
@@ -137,10 +148,13 @@ class GatedReadout(nn.Module):
         self.out = nn.Linear(width, dim, bias=False)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        y = merge(self.norm(y.to(x.dtype)))
-        if self.gate is not None and self.activation is not None:
-            y = y * self.activation(self.gate(x))
-        return self.out(y)
+        y = y.to(x.dtype).transpose(1, 2)
+        if self.gate is None or self.activation is None:
+            return self.out(self.norm(y).flatten(2))
+        gate = self.gate(x).unflatten(-1, y.shape[2:])
+        if self.activation is F.silu:
+            return self.out(normalise(y, self.norm.weight, gate, eps=self.eps).flatten(2))
+        return self.out((self.norm(y) * self.activation(gate)).flatten(2))
 
 
 class Derived:
