@@ -269,27 +269,6 @@ def test_rwkv7_starts_where_its_authors_start() -> None:
     assert layer.decay.down.weight.shape == (32, 128)
 
 
-@pytest.mark.parametrize("objective", ["decode", "encode", "dot"])
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_a_write_of_lattice_is_a_gradient_step_through_the_normalisation(objective: str, renormalise: bool) -> None:
-    layer = Lattice(6, heads=1, slots=4, objective=objective, renormalise=renormalise).double()
-    S = torch.randn(1, 1, 4, 6, dtype=torch.float64, requires_grad=True)
-    q, code, target = (torch.randn(1, 1, 1, n, dtype=torch.float64) for n in (4, 4, 6))
-    if objective == "encode":
-        q = target + 1
-    rate = 0.3
-    Phi = F.normalize(S[0, 0], dim=-1)
-    c, e = code[0, 0, 0], target[0, 0, 0]
-    loss = -e @ (Phi.mT @ c) if objective == "dot" else (e - Phi.mT @ c).square().sum() / 2
-    want = S - rate * torch.autograd.grad(loss, S)[0]
-    want = F.normalize(want, dim=-1) if renormalise else want
-    y, got = layer._segment(q, rate * code, code, target, S)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    Phi = F.normalize(want[0, 0], dim=-1)
-    read = Phi @ q[0, 0, 0] if objective == "encode" else Phi.mT @ q[0, 0, 0]
-    torch.testing.assert_close(y[0, 0, 0], read, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("objective", ["encode", "dot"])
 def test_the_other_objectives_of_lattice_resume_too(objective: str) -> None:
     layer = shaken(Lattice(8, heads=2, slots=3, objective=objective, renormalise=True))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.ops.lattice import lattice
 from remanence.state import State
 
 OBJECTIVES = ("decode", "encode", "dot")
-SEGMENT = 32
-"""So many tokens are run again for the gradients, from the state before them: the states between are not kept."""
 
 
 @card(
@@ -85,30 +83,10 @@ class Lattice(Memory):
         mixed, conv = self.conv(self.qkv(x), state["conv"])
         q, k, v = (split(p, self.heads) for p in F.silu(mixed).split(self.widths, -1))
         q, k, step = l2_norm(q), l2_norm(k), wide(self.step(x)).sigmoid().transpose(1, 2)
-        code, target = (v, k) if self.objective == "encode" else (k, v)
-        S, read = state["S"], []
-        for part in zip(*(p.split(SEGMENT, 2) for p in (q, step[..., None] * code, code, target)), strict=True):
-            out, S = checkpoint(self._segment, *part, S, use_reentrant=False, preserve_rng_state=False)
-            read.append(out)
-        return self.readout(torch.cat(read, 2), x), {"S": S, "conv": conv}
-
-    def _segment(self, q: Tensor, rate: Tensor, code: Tensor, target: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-        read = []
-        size, direction = _polar(S)
-        for query, c, code_t, e in zip(*(p.unbind(2) for p in (q[..., None, :], rate, code, target)), strict=True):
-            error = e[..., None, :]
-            if self.objective != "dot":
-                error = error - code_t[..., None, :] @ direction
-            known = error @ direction.mT
-            S = S + (c[..., None] / size) * (error - known.mT * direction)
-            if self.renormalise:
-                S = _polar(S)[1]
-            size, direction = _polar(S)
-            read.append((query @ (direction.mT if self.objective == "encode" else direction))[..., 0, :])
-        return (torch.stack(read, 2) if read else target if self.objective != "encode" else code), S
-
-
-def _polar(S: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths and directions of slots; a slot that a foreign state left at zero has no direction, and stays finite."""
-    size = (S.square().sum(-1, keepdim=True) + 1e-30).sqrt()
-    return size, S / size
+        encode = self.objective == "encode"
+        code, target = (v, k) if encode else (k, v)
+        y, after = lattice(
+            q, code, target, step, {"S": state["S"]}, correct=self.objective != "dot", renormalise=self.renormalise,
+            by_slot=encode,
+        )  # fmt: skip
+        return self.readout(y, x), {**after, "conv": conv}

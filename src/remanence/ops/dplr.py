@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -193,7 +190,7 @@ class _Compiled(torch.autograd.Function):
         tokens, rows = _rows(q, k, v, a, b, g), start.flatten(0, 1).contiguous()
         y, u, S = torch.empty_like(tokens[2]), torch.empty_like(tokens[2]), torch.empty_like(rows)
         kept = S.new_empty(len(S), -(-k.shape[2] // REMEMBERED), *S.mT.shape[1:])
-        _over_rows("forward", *tokens, rows, y, S, u, kept)
+        _run("forward", *tokens, rows, y, S, u, kept)
         ctx.save_for_backward(q, k, v, a, b, g, start, u, kept)
         return y.view(v.shape), S.view(start.shape)
 
@@ -205,7 +202,7 @@ class _Compiled(torch.autograd.Function):
         tokens = _rows(*inputs[:6])
         d_y, d_start = grads[0].flatten(0, 1).contiguous(), grads[1].flatten(0, 1).contiguous().clone()
         found = [torch.empty_like(x) for x in tokens]
-        _over_rows("backward", *tokens, u, kept, d_y, d_start, *found)
+        _run("backward", *tokens, u, kept, d_y, d_start, *found)
         d_tokens = [None if x is None else d.view(x.shape) for d, x in zip(found, inputs, strict=False)]
         return *d_tokens, d_start.view(inputs[6].shape)
 
@@ -221,27 +218,13 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | Non
     return y, state["S"]
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="dplr")
-
-
-def _over_rows(name: str, *tensors: Tensor) -> None:
-    """Run a kernel over the rows, which know nothing of each other, on as many threads as PyTorch uses."""
+def _run(name: str, *tensors: Tensor) -> None:
+    """A kernel over the rows, which know nothing of each other."""
     from remanence.ops import dplr_kernels  # here, because Numba takes half a second that most programs need not pay
+    from remanence.ops.compiled import spread
 
-    kernel = getattr(dplr_kernels, name)
     arrays = [x.detach().numpy() for x in tensors]
-    rows = len(arrays[0])
-    threads = min(torch.get_num_threads(), rows) if tensors[0].numel() >= 2**14 else 1
-    if threads <= 1:
-        kernel(0, rows, REMEMBERED, *arrays)
-        return
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    submit = _pool(threads).submit
-    jobs = [submit(kernel, first, last, REMEMBERED, *arrays) for first, last in pairwise(bounds)]
-    for job in jobs:
-        job.result()
+    spread(getattr(dplr_kernels, name), len(arrays[0]), 4 * arrays[0].size, REMEMBERED, *arrays)
 
 
 def _check(q: Tensor, key: Tensor, value: Tensor, a: Tensor, b: Tensor, log_decay: Tensor | None) -> None:

@@ -5,13 +5,12 @@ Inner loops are kept to few arrays each: beyond eight pairs that might overlap, 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+from remanence.ops.compiled import summing
 
 
-@_jit
+@summing
 def _read(a, S, u):
     """u = Sᵀ a, four key features at a time: the sum is then fetched and put back once for four."""
     K, V = S.shape
@@ -28,7 +27,7 @@ def _read(a, S, u):
             u[j] += x * row[j]
 
 
-@_jit
+@summing
 def _write(S, new, u, k, v, b, decay):
     """new = Diag(decay) S + b uᵀ + k vᵀ."""
     for i in range(S.shape[0]):
@@ -37,7 +36,7 @@ def _write(S, new, u, k, v, b, decay):
             new[i, j] = d * S[i, j] + bi * u[j] + ki * v[j]
 
 
-@_jit
+@summing
 def forward(first, last, every, q, k, v, a, b, decay, start, y, end, u, kept):
     """y, the last state, what `a` read, and one state in `every`, turned to [V, K]."""
     T, K, V = k.shape[1], k.shape[2], v.shape[2]
@@ -54,7 +53,7 @@ def forward(first, last, every, q, k, v, a, b, decay, start, y, end, u, kept):
         end[r] = S
 
 
-@_jit
+@summing
 def backward(first, last, every, q, k, v, a, b, decay, u, kept, d_y, d_S, d_q, d_k, d_v, d_a, d_b, d_g):
     """The gradients, with states and their gradients turned to [V, K]; `d_S` becomes that of the first state."""
     T, K, V = k.shape[1], k.shape[2], v.shape[2]
@@ -83,7 +82,7 @@ def backward(first, last, every, q, k, v, a, b, decay, u, kept, d_y, d_S, d_q, d
         d_S[r] = D.T
 
 
-@_jit
+@summing
 def _write_turned(S, new, u, k, v, b, decay):
     """`_write` for states [V, K]."""
     for j in range(S.shape[0]):
@@ -92,7 +91,7 @@ def _write_turned(S, new, u, k, v, b, decay):
             new[j, i] = decay[i] * S[j, i] + uj * b[i] + vj * k[i]
 
 
-@_jit
+@summing
 def _unread(D, d_y, q, k, b, d_v, d_u):
     """D += d_y qᵀ, the gradient of the state after the step;  d_v = D k;  d_u = D b."""
     for j in range(D.shape[0]):
@@ -106,7 +105,7 @@ def _unread(D, d_y, q, k, b, d_v, d_u):
         d_v[j], d_u[j] = to_v, to_u
 
 
-@_jit
+@summing
 def _unwrite(D, d_u, a, decay):
     """D = D Diag(decay) + d_u aᵀ, the gradient of the state before the step."""
     for j in range(D.shape[0]):
@@ -115,7 +114,7 @@ def _unwrite(D, d_u, a, decay):
             D[j, i] = decay[i] * D[j, i] + x * a[i]
 
 
-@_jit
+@summing
 def _diagonal(S, D, carried):
     """Per key feature, the product of state and gradient: what a decay just after them would have as gradient."""
     carried[:] = 0
@@ -124,7 +123,7 @@ def _diagonal(S, D, carried):
             carried[i] += S[j, i] * D[j, i]
 
 
-@_jit
+@summing
 def _carry(carried, q, d_q, k, d_k, b, d_b):
     """A log decay scales whatever is read after it and was written before it: so its gradient follows from theirs."""
     for i in range(carried.shape[0]):
