@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,3 +154,17 @@ def test_wrong_shapes_say_what_was_expected(draw):
         selective_scan(x, delta, A.mT, B, C)
     with pytest.raises(ShapeError, match="C must be"):
         selective_scan(x, delta, A, B, C[..., :1])
+
+
+def test_what_memory_held_before_does_not_matter(draw):
+    moving, A = inputs(draw, 40, "mamba")
+    leaves = [z.detach().float().requires_grad_() for z in (*moving, A)]
+    x, delta, B, C, A = leaves
+    want = None
+    for _ in range(20):
+        litter = [np.full(n, np.nan, np.float32) for n in range(200, 330)]
+        del litter
+        y, state = selective_scan(x, delta, A, B, C)
+        grads = torch.autograd.grad(y.sin().sum() + state["h"].sum(), leaves)
+        want = grads if want is None else want
+        assert all(torch.equal(g, w) for g, w in zip(grads, want, strict=True))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from remanence.catalogue import card
 from remanence.memory.mamba import Mamba
+from remanence.memory.parts import wide
 
 
 def implicit_step(beta: Tensor, key: Tensor) -> Tensor:
@@ -37,4 +38,4 @@ class Longhorn(Mamba):
         """The published code leaves the projection of β as it is drawn."""
 
     def _decay(self, raw: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
-        return implicit_step(raw.sigmoid(), B), None
+        return implicit_step(raw.sigmoid(), wide(B)), None

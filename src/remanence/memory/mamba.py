@@ -98,7 +98,7 @@ class Mamba(Memory):
         if self.norm_eps is not None:
             steps = tuple(F.rms_norm(s, s.shape[-1:], eps=self.norm_eps) for s in steps)
         dt, B, C = steps
-        delta, A = self._decay(wide(self.dt_proj(dt)), wide(B))
-        y, after = selective_scan(u, delta, A, wide(B), wide(C), {"h": state["h"]})
+        delta, A = self._decay(wide(self.dt_proj(dt)), B)
+        y, after = selective_scan(u, delta, A, B, C, {"h": state["h"]})
         y = torch.addcmul(y, u, wide(self.D)).to(x.dtype)
         return self.out_proj(y * F.silu(z)), {**after, "conv": conv}

@@ -57,12 +57,12 @@ def selective_scan(
     expect("selective_scan", "C", C, "batch time states", batch=batch, time=T, states=N)
     if A is not None:
         expect("selective_scan", "A", A, "features states", features=D, states=N)
-    if T <= 1:
+    if T == 0:
         return selective_scan_reference(x, delta, A, B, C, state)
     dtype = recurrent_dtype(x)
     u, delta, B, C = (z.to(dtype) for z in (x, delta, B, C))
     start = u.new_zeros(batch, D, N) if state is None else state["h"].to(dtype)
-    op = _SelectiveScan.apply if x.device.type == "cpu" else _in_tensors
+    op = _step if T == 1 else _SelectiveScan.apply if x.device.type == "cpu" else _in_tensors
     y, h = op(u, delta, None if A is None else A.to(dtype), B, C, start)
     return y.to(x.dtype), {"h": h}
 
@@ -75,6 +75,12 @@ def selective_scan_carry(x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, 
 
 def _decay(delta: Tensor, A: Tensor | None, B: Tensor) -> Tensor:
     return 1 - delta * B.square() if A is None else floored(delta * A.to(delta.dtype)).exp()
+
+
+def _step(x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for one token, in few operations."""
+    h = torch.addcmul(_decay(delta.mT, A, B) * h, (x * delta).mT, B)
+    return (h @ C.mT).mT, h
 
 
 def _in_tensors(x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def backward(first, last, x, delta, A, B, C, kept, size, d_y, d_h, d_x, d_delta,
     u, d_u, d_rate = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
     states = np.empty((size + 1, N, BLOCK), x.dtype)
     decays = np.empty((size, N, BLOCK), x.dtype)
-    zero = u[0] * 0
+    zero = np.zeros(1, x.dtype)[0]
     for i in range(x.shape[0]):
         for begin in range((T - 1) // size * size, -1, -size):
             length = min(size, T - begin)
