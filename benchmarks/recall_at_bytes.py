@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--pause", type=int, default=16)
     parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--together", action="store_true", help="a key and its value are one token")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", help="write this picture at the end")
     given = parser.parse_args()
@@ -82,7 +83,7 @@ def main() -> None:
             if not SIZES[name] and wanted != given.bytes[0]:
                 continue
             one = entry(name, wanted, 64, 2)
-            (row,) = run_benchmark(task, [one], steps=given.steps, rate=given.rate, seed=given.seed)
+            (row,) = run_benchmark(task, [one], steps=given.steps, batch=given.batch, rate=given.rate, seed=given.seed)
             rows.append({"wanted_bytes": wanted} | row)
             print(json.dumps(rows[-1]), flush=True)
     if given.picture:

@@ -196,6 +196,12 @@ def test_settings_reach_the_benchmark_and_unknown_ones_are_named():
         benchmarks.run("mqar", ["min-lstm"], pars=3)
 
 
+def test_a_model_learns_the_states_of_a_grammar_better_than_the_symbols_tell_them():
+    task = {"grammar": Selectivity(Grammar(5, 4, 3, gap=0.0, starts=2, seed=1), 16)}
+    (row,) = run_benchmark(task, ["min-lstm"], steps=120, dim=16, layers=1, batch=16, rate=2e-2)
+    assert row["accuracy"] > row["chance"] + 0.2
+
+
 def test_patterns_and_entries_take_part_and_a_growing_state_is_measured_after_reading():
     rows = run_benchmark(
         {"parity": Parity(6)},

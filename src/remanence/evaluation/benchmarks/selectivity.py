@@ -36,8 +36,7 @@ class Selectivity(Task):
 
     def draw(self, batch: int, generator: torch.Generator) -> GroupedBatch:
         drawn = self.grammar.draw(batch, self.length, generator)
-        inputs = drawn.inputs if self.grammar.noise else drawn.inputs[..., : self.grammar.vocab]
-        return GroupedBatch(inputs, drawn.states, torch.ones_like(drawn.states, dtype=torch.bool), drawn.elements)
+        return GroupedBatch(drawn.inputs, drawn.states, torch.ones_like(drawn.states, dtype=torch.bool), drawn.elements)
 
     def longer(self) -> Selectivity:
         return replace(self, length=2 * self.length)
