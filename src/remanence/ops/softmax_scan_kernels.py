@@ -13,10 +13,9 @@ BAND = 64
 """Features that are handled together: enough to fill vectors, few enough for a replayed chunk to stay in the cache."""
 CHUNK = 32
 """Tokens between two states that are kept for the gradients."""
-_S, _V, _R, _W, _KEEP, _A, _B, _D_Y, _D_S, _D_V, _ROWS = (np.uintp(n * BAND) for n in range(11))
-"""Rows of BAND numbers that `backward` holds per token. One array with fixed distances: then loops vectorise, which
-they do not where the compiler must first ask whether a dozen arrays overlap, or (hence unsigned) an index is < 0."""
-_ALL = np.uintp(BAND)
+_S, _V, _R, _W, _KEEP, _A, _B, _D_Y, _D_S, _D_V, _ROW = (n * BAND for n in range(11))
+"""Where `backward` holds what it knows of a token: one array with fixed distances, since loops vectorise only where the
+compiler need not ask whether a dozen arrays overlap."""
 
 
 @jit
@@ -52,7 +51,7 @@ def forward(first, last, score, value, log_decay, bonus, a, b, m, y, kept_a, kep
 
 @jit
 def _fill(row, at, source):
-    for d in range(np.uintp(source.shape[0])):
+    for d in range(source.shape[0]):
         row[at + d] = source[d]
 
 
@@ -78,7 +77,7 @@ def backward(
     """d_a and d_b come as the gradients of the final state, and are overwritten with those of the first one."""
     T, D = score.shape[1:]
     one = score.dtype.type(1)
-    rows = np.zeros(10 * CHUNK * BAND, score.dtype)
+    rows = np.zeros((CHUNK, _ROW), score.dtype)
     a, b, sum_g, sum_u, back_a, back_b = _S, _V, _R, _W, _KEEP, _A
     now = np.zeros(6 * BAND, score.dtype)
     p, g, u = _S, _V, _R
@@ -98,57 +97,57 @@ def backward(
                 _fill(exponent, p, kept_m[i, c, lo:hi])
                 now[2 * BAND : 4 * BAND] = 0
                 for t in range(start, stop):
-                    r = np.uintp(t - start) * _ROWS
-                    _fill(rows, r + _S, score[i, t, lo:hi])
-                    _fill(rows, r + _V, value[i, t, lo:hi])
-                    _fill(rows, r + _D_Y, d_y[i, t, lo:hi])
-                    for d in range(_ALL):
-                        s = np.float64(rows[r + _S + d])
+                    row = rows[t - start]
+                    _fill(row, _S, score[i, t, lo:hi])
+                    _fill(row, _V, value[i, t, lo:hi])
+                    _fill(row, _D_Y, d_y[i, t, lo:hi])
+                    for d in range(BAND):
+                        s = np.float64(row[_S + d])
                         old = exponent[p + d] + exponent[g + d]
-                        rows[r + _R + d] = exponent[p + d] - (s + exponent[u + d])
-                        rows[r + _W + d] = old - s
+                        row[_R + d] = exponent[p + d] - (s + exponent[u + d])
+                        row[_W + d] = old - s
                         exponent[p + d] = max(old, s)
-                    for d in range(_ALL):
-                        v, num, den = rows[r + _V + d], now[a + d], now[b + d]
-                        x = decay(-abs(rows[r + _R + d]))
-                        ahead = rows[r + _R + d] >= 0
+                    for d in range(BAND):
+                        v, num, den = row[_V + d], now[a + d], now[b + d]
+                        x = decay(-abs(row[_R + d]))
+                        ahead = row[_R + d] >= 0
                         past, present = one if ahead else x, x if ahead else one
                         size = one / (past * den + present)
                         y = (past * num + present * v) * size
-                        share = rows[r + _D_Y + d] * size
+                        share = row[_D_Y + d] * size
                         to_bonus = present * share * (v - y)
                         now[sum_u + d] += to_bonus
-                        rows[r + _D_S + d] = to_bonus
-                        rows[r + _D_V + d] = present * share
-                        rows[r + _R + d] = past * share  # from here on, what the read gives back to a
-                        rows[r + _D_Y + d] = past * share * y  # and takes from b
-                        x = decay(-abs(rows[r + _W + d]))
-                        ahead = rows[r + _W + d] >= 0
+                        row[_D_S + d] = to_bonus
+                        row[_D_V + d] = present * share
+                        row[_R + d] = past * share  # from here on, what the read gives back to a
+                        row[_D_Y + d] = past * share * y  # and takes from b
+                        x = decay(-abs(row[_W + d]))
+                        ahead = row[_W + d] >= 0
                         past, present = one if ahead else x, x if ahead else one
-                        rows[r + _KEEP + d] = past
-                        rows[r + _W + d] = present
-                        rows[r + _A + d] = num
-                        rows[r + _B + d] = den
+                        row[_KEEP + d] = past
+                        row[_W + d] = present
+                        row[_A + d] = num
+                        row[_B + d] = den
                         now[a + d] = past * num + present * v
                         now[b + d] = past * den + present
                 for t in range(stop - 1, start - 1, -1):
-                    r = np.uintp(t - start) * _ROWS
-                    for d in range(_ALL):
-                        past, present = rows[r + _KEEP + d], rows[r + _W + d]
+                    row = rows[t - start]
+                    for d in range(BAND):
+                        past, present = row[_KEEP + d], row[_W + d]
                         num, den = now[back_a + d], now[back_b + d]
-                        rows[r + _D_V + d] += present * num
-                        rows[r + _D_S + d] += present * (num * rows[r + _V + d] + den)
-                        now[sum_g + d] += past * (num * rows[r + _A + d] + den * rows[r + _B + d])
-                        now[back_a + d] = past * num + rows[r + _R + d]
-                        now[back_b + d] = past * den - rows[r + _D_Y + d]
+                        row[_D_V + d] += present * num
+                        row[_D_S + d] += present * (num * row[_V + d] + den)
+                        now[sum_g + d] += past * (num * row[_A + d] + den * row[_B + d])
+                        now[back_a + d] = past * num + row[_R + d]
+                        now[back_b + d] = past * den - row[_D_Y + d]
                     d_s, d_v = d_score[i, t, lo:hi], d_value[i, t, lo:hi]
-                    for d in range(np.uintp(n)):
-                        d_s[d] = rows[r + _D_S + d]
-                    for d in range(np.uintp(n)):
-                        d_v[d] = rows[r + _D_V + d]
-                for d in range(np.uintp(n)):
-                    d_decay[i, np.uintp(lo) + d] += now[sum_g + d]
-                    d_bonus[i, np.uintp(lo) + d] += now[sum_u + d]
-            for d in range(np.uintp(n)):
-                d_a[i, np.uintp(lo) + d] = now[back_a + d]
-                d_b[i, np.uintp(lo) + d] = now[back_b + d]
+                    for d in range(n):
+                        d_s[d] = row[_D_S + d]
+                    for d in range(n):
+                        d_v[d] = row[_D_V + d]
+                for d in range(n):
+                    d_decay[i, lo + d] += now[sum_g + d]
+                    d_bonus[i, lo + d] += now[sum_u + d]
+            for d in range(n):
+                d_a[i, lo + d] = now[back_a + d]
+                d_b[i, lo + d] = now[back_b + d]
