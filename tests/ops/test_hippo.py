@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
-from remanence.ops.hippo import hippo_matrices, legs, legs_read, legs_reference, legs_transitions
+from remanence.ops.hippo import hippo_matrices, legs, legs_carry, legs_read, legs_reference, legs_transitions
 
 
 @settings(deadline=None, max_examples=20)
@@ -60,6 +60,16 @@ def test_single_steps_make_the_whole(draw):
     for t in range(70):
         c = c @ A[:, t].mT + f[:, t, :, None] * b[:, t, None]
     torch.testing.assert_close(c, want[:, -1], rtol=0, atol=1e-10)
+
+
+def test_the_carry_gives_the_end_from_any_start(draw):
+    f, start = draw(0)(2, 80, 3), draw(1)(2, 3, 7)
+    for position in (torch.tensor([0, 40]), torch.tensor([5, 5])):
+        M, L = legs_carry(f, 7, position)
+        want = legs(f, 7, {"c": start, "position": position})[1]["c"]
+        torch.testing.assert_close(start @ M.mT + L, want, rtol=0, atol=1e-10)
+    assert torch.equal(legs_carry(f, 7)[1], legs(f, 7)[1]["c"])
+    torch.testing.assert_close(legs_carry(f[:, :0], 7)[0][0], torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_float32(agrees_in_float32, draw):

@@ -10,7 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
-from remanence.memory.parts import l2_norm, wide, zeros
+from remanence.memory.parts import wide, zeros
 from remanence.state import State
 
 MIXERS = ("householder", "dplr")
@@ -38,11 +38,9 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """(U [..., rank, width], K [..., rank, rank]) from x and h_{t−1}, [..., width]."""
         seen = torch.cat([x, before], -1)
-        linear = [
-            F.linear(seen, wide(m.weight), None if m.bias is None else wide(m.bias)) for m in (self.u, self.alpha)
-        ]
-        U = l2_norm(F.silu(linear[0].unflatten(-1, (self.rank, -1))))
-        twice = torch.diag_embed(2 * self.most * linear[1].sigmoid())
+        u = F.linear(seen, wide(self.u.weight)).unflatten(-1, (self.rank, -1))
+        alpha = F.linear(seen, wide(self.alpha.weight), wide(self.alpha.bias)).sigmoid()
+        U, twice = F.normalize(F.silu(u), dim=-1, eps=1e-5), torch.diag_embed(2 * self.most * alpha)
         if self.rank == 1 or self.kind == "dplr":
             return U, twice
         after = twice @ (U @ U.mT).tril(-1)  # a later factor acts on what the earlier ones left

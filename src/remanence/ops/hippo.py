@@ -83,6 +83,16 @@ def legs(f: Tensor, order: int, state: State | None = None) -> tuple[Tensor, Sta
     return torch.cat(out, 1), {"c": c, "position": position}
 
 
+def legs_carry(f: Tensor, order: int, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(M [B, N, N], L [B, F, N]) with c_end = c_start Mᵀ + L, for every c_start at `position` (int64 [B], else 0)."""
+    empty, zero = _start(f, order, None)
+    start = zero if position is None else position
+    c = legs(f, order, {"c": empty, "position": start})[1]["c"]
+    end = (start + f.shape[1]).double()
+    ratio = torch.where(end > 0, start / end.clamp(min=1), 1.0)
+    return (_stretch(ratio, order) @ _nodes(order)[2].to(ratio)).to(c.dtype), c
+
+
 def legs_transitions(position: Tensor, count: int, order: int) -> tuple[Tensor, Tensor]:
     """The exact steps c_t = A_t c_{t−1} + b_t f_t for the `count` tokens after `position` (int64 [B]), in float64.
 
