@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, expect
-from remanence.ops.bands import bands, run
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.state import State
 
@@ -100,16 +98,14 @@ class _Scan(torch.autograd.Function):
 
 
 def _over_bands(name: str, a: Tensor, *tensors: Tensor) -> None:
-    from remanence.ops import complex_scan_kernels  # here, because Numba takes half a second that most need not pay
+    # here, because Numba takes half a second that most programs need not pay
+    from remanence.ops import compiled, complex_scan_kernels
 
     kernel = getattr(complex_scan_kernels, name)
+    D, size = a.shape[-1], tensors[-2].numel()
     # d_a has the form of a
-    views = [x.detach()[None, None] if x.ndim == 1 else x.detach() for x in (a, *tensors)]
-    arrays = [x.numpy() for x in views]
-    jobs = [
-        partial(kernel, first, last, a.ndim == 1, *arrays) for first, last in bands(a.shape[-1], tensors[-2].numel())
-    ]
-    run(jobs)
+    given = (x.detach()[None, None] if x.ndim == 1 else x for x in (a, *tensors))
+    compiled.spread_bands(kernel, D, size, a.ndim == 1, *given)
 
 
 def diagonal_ssm_reference(u: Tensor, a: Tensor, read: Tensor, state: State | None = None) -> tuple[Tensor, State]:

@@ -5,13 +5,12 @@ The coefficients are [B, T, D], or [1, 1, D] when they are the same for all toke
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+from remanence.ops.compiled import jit
 
 
-@_jit
+@jit
 def forward(first, last, fixed, a, b, start, h):
     for i in range(b.shape[0]):
         before = start[i, first:last]
@@ -23,7 +22,7 @@ def forward(first, last, fixed, a, b, start, h):
             before = now
 
 
-@_jit
+@jit
 def backward(first, last, fixed, a, start, h, d_h, d_a, d_b, d_start):
     """d_a comes filled with zeros, and d_start leaves as the gradient of `start`."""
     for i in range(h.shape[0]):

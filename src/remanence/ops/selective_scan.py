@@ -5,8 +5,6 @@ Axes: B batch, T time, D features, N states per feature.
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import expect
-from remanence.ops.bands import bands, run
 from remanence.ops.complex_scan import by_doubling
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.state import State
@@ -109,7 +106,7 @@ class _SelectiveScan(torch.autograd.Function):
         h, y = start.mT.contiguous().clone(), torch.empty_like(x)
         size = KEPT if any(ctx.needs_input_grad) else x.shape[1]
         kept = h.new_empty(h.shape[0], -(-x.shape[1] // size), *h.shape[1:])
-        _run("forward", (x, delta, _rates(A, x), B, C), [[h, y, kept, size]])
+        _over_bands("forward", x, delta, _rates(A, x), B, C, h, y, kept, size)
         ctx.save_for_backward(x, delta, A, B, C, start, kept)
         return y, h.mT.contiguous()
 
@@ -120,35 +117,26 @@ class _SelectiveScan(torch.autograd.Function):
             return second_order(ctx.needs_input_grad, _in_tensors, (x, delta, A, B, C, start), grads)
         d_y, d_h = grads[0].contiguous(), grads[1].mT.contiguous().clone()
         d_x, d_delta, d_A = torch.empty_like(x), torch.empty_like(x), x.new_zeros(B.shape[2], x.shape[2])
-        # B and C are read by all features: one sum per band
-        sums = x.new_zeros(2, torch.get_num_threads(), *B.shape)
-        _run(
-            "backward",
-            (x, delta, _rates(A, x), B, C, kept, KEPT, d_y, d_h, d_x, d_delta, d_A),
-            [[d_B, d_C] for d_B, d_C in zip(*sums, strict=True)],
-        )
+        sums = x.new_zeros(2, _bands(x), *B.shape)  # B and C are read by all features: one sum per band
+        _over_bands("backward", x, delta, _rates(A, x), B, C, kept, KEPT, d_y, d_h, d_x, d_delta, d_A, sums[0], sums[1])
         d_B, d_C = sums.sum(1)
         return d_x, d_delta, None if A is None else d_A.mT, d_B, d_C, d_h.mT
 
 
 def _rates(A: Tensor | None, like: Tensor) -> Tensor:
-    """A [N, D] in powers of two, or an empty matrix for None."""
-    return like.new_empty(0, 0) if A is None else (A.mT / math.log(2)).contiguous()
+    """A as [N, D], or an empty matrix for None."""
+    return like.new_empty(0, 0) if A is None else A.mT.contiguous()
 
 
-def _run(name: str, shared: tuple[Any, ...], own: list[list[Any]]) -> None:
-    """A kernel over bands of features: `shared` arguments, then those of the band alone (one list serves all)."""
-    from remanence.ops import selective_scan_kernels  # here: Numba takes half a second that most need not pay
+def _bands(x: Tensor) -> int:
+    from remanence.ops.compiled import BAND
 
-    def array(z: Any) -> Any:
-        return z.detach().numpy() if isinstance(z, Tensor) else z
+    return -(-x.shape[2] // BAND)
+
+
+def _over_bands(name: str, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> None:
+    # here, because Numba takes half a second that most programs need not pay
+    from remanence.ops import compiled, selective_scan_kernels
 
     kernel = getattr(selective_scan_kernels, name)
-    x, N = shared[0], shared[3].shape[2]
-    parts = bands(x.shape[2], x.numel() * N)
-    common = [array(z) for z in shared]
-    jobs = [
-        partial(kernel, first, last, *common, *map(array, own[min(i, len(own) - 1)]))
-        for i, (first, last) in enumerate(parts)
-    ]
-    run(jobs)
+    compiled.spread_bands(kernel, x.shape[2], x.numel() * B.shape[2], x, delta, A, B, *rest)
