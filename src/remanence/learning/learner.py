@@ -268,7 +268,8 @@ class Learner:
         return [type(s).__name__ for s in self.strategies.members]
 
     def _beginning(self, rows: int) -> Tensor:
-        return torch.full((rows, 1), int(self.model.vocabulary), dtype=torch.long)  # type: ignore[arg-type]
+        first = getattr(self.model, "beginning", self.model.vocabulary)  # published models have a token of their own
+        return torch.full((rows, 1), int(first), dtype=torch.long)  # type: ignore[arg-type]
 
     def _shifted(self, tokens: Tensor, task: str | int | None) -> Batch:
         last = self.last if self.last is not None else self._beginning(tokens.shape[0])

@@ -128,7 +128,8 @@ def gather_mean_square(model: nn.Module, batches: Iterable[Tensor]) -> list[Tens
     try:
         for tokens in batches:
             if not count:
-                last = torch.full_like(tokens[:, :1], int(model.vocabulary))  # type: ignore[arg-type]
+                first = getattr(model, "beginning", model.vocabulary)
+                last = torch.full_like(tokens[:, :1], int(first))  # type: ignore[arg-type]
                 state = model.initial_state(tokens.shape[0])  # type: ignore[operator]
             logits, state = model(torch.cat([last, tokens[:, :-1]], dim=1), state)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())

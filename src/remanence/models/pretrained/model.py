@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remanence.errors import StateError
 from remanence.memory.base import Memory
+from remanence.memory.parts import wide
 from remanence.models.pretrained.mapping import Rule
 from remanence.state import State
 
@@ -23,8 +24,8 @@ class CentredNorm(nn.RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        # the float32 in between is part of the published models
-        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        # at least float32 in between, as in the published models
+        return F.rms_norm(wide(x), self.normalized_shape, 1 + wide(self.weight), self.eps).to(x.dtype)
 
 
 class Residual(nn.Module):
