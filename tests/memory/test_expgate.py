@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +295,11 @@ def test_the_proof_holds_and_its_control_does_not(id: str) -> None:
     system, control = catalogue.proofs()[id].run()
     assert system.holds, system.says
     assert not control.holds, control.says
+
+
+def test_the_examples_of_the_docs_run() -> None:
+    page = Path(__file__).parents[2] / "docs" / "exponential-gates.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})

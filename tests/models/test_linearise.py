@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,3 +131,9 @@ def test_the_proof_holds_and_its_control_does_not(id: str) -> None:
     system, control = catalogue.proofs()[id].run()
     assert system.holds, system.says
     assert not control.holds, control.says
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    page = Path(__file__).parents[2] / "docs" / "linearise.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {"__name__": "example"})
