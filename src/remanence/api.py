@@ -201,6 +201,7 @@ def learn(
                         run.discard()
                     raise
             summary = _finish(run, opened)
+        del run  # its memory goes back before the plots take theirs
         from remanence.evaluation.report import write_report  # plotting takes memory that learning need not pay for
 
         write_report(directory)
