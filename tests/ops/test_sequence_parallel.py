@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from remanence import ops
+from remanence import catalogue, ops
 from remanence.errors import RemanenceError, ShapeError
 from remanence.memory import make
 from remanence.memory.base import Memory
@@ -83,7 +83,18 @@ def model() -> LanguageModel:
     return lm
 
 
-EXTRA = {"model": model, "shift": lambda: Shifted(8), "mamba": lambda: Bare("mamba"), "dplr": lambda: Bare("dplr")}
+def registered(name: str) -> Memory:
+    return catalogue.find(name, "memory").make(**catalogue.find(name, "memory").small)
+
+
+EXTRA = {
+    "rwkv7": lambda: registered("rwkv7"),
+    "kimi-delta": lambda: registered("kimi-delta"),
+    "model": model,
+    "shift": lambda: Shifted(8),
+    "mamba": lambda: Bare("mamba"),
+    "dplr": lambda: Bare("dplr"),
+}
 
 
 def small(name: str) -> Memory:
@@ -225,6 +236,25 @@ def test_an_op_without_a_split_form_is_refused_in_words() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with split.sequence_parallel(), pytest.raises(RemanenceError, match="'expgate' cannot be split over ranks"):
         layer.expgate(q, q, q, q[..., 0], q[..., 0])
+
+
+@pytest.mark.parametrize("name", ["gateloop", "rwkv6", "mom", "softmax", "resona", "titans", "xlstm-7b"])
+def test_what_cannot_be_split_is_refused_before_anything_is_sent(name: str) -> None:
+    card = catalogue.find(name, "memory")
+    torch.manual_seed(0)
+    memory = card.make(**card.small)
+    with pytest.raises(RemanenceError, match="cannot be split over ranks"):
+        run_split(memory, torch.randn(2, 12, memory.dim), group=Nobody())
+
+
+class Nobody:
+    """A group that nobody answers in."""
+
+    def rank(self):
+        return 1
+
+    def size(self):
+        return 2
 
 
 def test_the_pair_is_found_beside_the_local_read(tmp_path: Path) -> None:

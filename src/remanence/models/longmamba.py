@@ -80,9 +80,9 @@ class LongMamba(Memory):
             step = call.forgetting
             if step is None:
                 return call.run()
-            theta = getattr(self, f"threshold{number}")
+            theta = getattr(self, f"threshold{number}", None)
             number += 1
-            if not long.any() or call.roles is None or step.shape[call.roles.time] != x.shape[1]:
+            if theta is None or not long.any() or call.roles is None or step.shape[call.roles.time] != x.shape[1]:
                 return call.run()
             least = self.scale * _tokens_in_place(theta[entry], call)
             skipped = (step <= least) & _tokens_in_place(long, call).view(*_ones(call, long, step))
@@ -174,8 +174,9 @@ def extend(
         raise ValueError("extend: at least one sample is needed, got none.")
     wrapped = []
     for parent, name, memory in places:
-        tables = [_table(list(parts), top, lasting, lengths) for parts in zip(*seen[memory], strict=True)]
-        if tables:
+        calls = {len(parts) for parts in seen[memory]}
+        tables = [_table(list(parts), top, lasting, lengths) for parts in zip(*seen[memory], strict=False)]
+        if tables and len(calls) == 1:
             wrapped.append(LongMamba(memory, lengths, tables, trained=time, scale=scale))
             setattr(parent, name, wrapped[-1])
     return wrapped

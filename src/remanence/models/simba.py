@@ -34,7 +34,7 @@ def contributions(memory: Memory, x: Tensor, state: State | None = None) -> Tens
             return call.run()
         value = call.arguments[call.roles.value].detach().requires_grad_()
         result = call.run(**{call.roles.value: value})
-        if value.shape[call.roles.time] == x.shape[1]:
+        if value.shape[call.roles.time] == x.shape[1] and result[0].requires_grad:
             found.append((value, result[0].select(call.roles.time, -1), call.roles.time))
         return result
 

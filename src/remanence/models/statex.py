@@ -129,19 +129,20 @@ def _start(arguments: dict[str, Any], like: Tensor) -> Tensor:
 
 
 def _matrices(memory: Memory) -> Iterator[tuple[str, int, int, int]]:
-    """Op, heads, key and value features of every matrix that one token meets."""
+    """Op, heads, key and value features of every matrix that tokens meet."""
     found: list[tuple[str, int, int, int]] = []
 
     def handler(call: Call) -> Any:
         if call.op in MATRIX:
             k, v = call.arguments["key"], call.arguments["value"]
-            if k.shape[2] != 1:
-                raise RemanenceError(f"{type(memory).__name__} writes several times per token, which has no expansion.")
+            if (k.shape[0], k.shape[2]) != (2, 3):
+                raise RemanenceError(f"{type(memory).__name__} does not write once per token, which has no expansion.")
             found.append((call.op, k.shape[1], k.shape[3], v.shape[3]))
         return call.run()
 
     with torch.no_grad(), tap(handler):
-        memory(next(memory.parameters()).new_zeros(1, 1, memory.dim))
+        x = torch.linspace(-1, 1, 6 * memory.dim).view(2, 3, memory.dim)
+        memory(x.to(next(memory.parameters())))
     return iter(found)
 
 

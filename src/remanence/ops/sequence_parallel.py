@@ -158,13 +158,13 @@ def linear_attention(
     log_decay: Tensor | None = None,
     state: State | None = None,
     *,
-    chunk_size: int = 64,
     group: Group = None,
+    **settings: Any,
 ) -> tuple[Tensor, State]:
     """`ops.linear_attention`, with any decay, over a sequence split as in `scan`."""
     from remanence import ops
 
-    local, after = ops.linear_attention(query, key, value, log_decay, chunk_size=chunk_size)
+    local, after = ops.linear_attention(query, key, value, log_decay, **settings)
     N = after["S"]
     M, read = torch.ones_like(N[..., :1]), query.to(N.dtype)
     if log_decay is not None and key.shape[2]:
@@ -256,7 +256,13 @@ def selective_scan(
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None, *, group: Group = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: State | None = None,
+    *,
+    group: Group = None,
+    **settings: Any,
 ) -> tuple[Tensor, State]:
     """`ops.causal_conv` over a sequence split as in `scan`: the tail comes from the left neighbour.
 
@@ -269,7 +275,7 @@ def causal_conv(
         raise ShapeError(f"causal_conv over ranks: each needs at least {width} tokens, this one has {x.shape[1]}.")
     own = x[:, x.shape[1] - width :].to(recurrent_dtype(x))
     tail = from_left(own, _first(state, "tail", own), group) if width else own
-    return ops.causal_conv(x, weight, bias, {"tail": tail})
+    return ops.causal_conv(x, weight, bias, {"tail": tail}, **settings)
 
 
 def window_attention(
@@ -318,6 +324,10 @@ SPLIT: dict[str, Callable[..., Any]] = {
 }
 
 
+POINTWISE = ("normalise",)
+"""Ops that treat every token by itself."""
+
+
 def _first(state: State | None, name: str, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if state is None else state[name].to(like.dtype)
 
@@ -330,6 +340,8 @@ def sequence_parallel(group: Group = None) -> Iterator[None]:
     """
 
     def handler(call: Call) -> Any:
+        if call.op in POINTWISE:
+            return call.run()
         if call.op not in SPLIT:
             raise RemanenceError(f"The op {call.op!r} cannot be split over ranks; these can: {', '.join(SPLIT)}.")
         return SPLIT[call.op](**call.arguments, group=group)
