@@ -35,11 +35,12 @@ def expgate_reference(
     y = []
     for t in range(key.shape[2]):
         before, m = m, torch.maximum(f[:, :, t] + m, i[:, :, t]).detach()
-        keep, write = (x.exp().to(dtype)[..., None] for x in (f[:, :, t] + before - m, i[:, :, t] - m))
-        n = keep * n + write * k[:, :, t]
-        C = keep[..., None] * C + (write * k[:, :, t])[..., None] * v[:, :, t, None]
+        keep, write = (f[:, :, t] + before - m).exp().to(dtype), (i[:, :, t] - m).exp().to(dtype)
+        added = write[..., None] * k[:, :, t]
+        n = torch.addcmul(added, keep[..., None], n)
+        C = torch.addcmul(keep[..., None, None] * C, added[..., None], v[:, :, t, None])
         size = torch.maximum((n * q[:, :, t]).sum(-1).abs(), (-m).exp().to(dtype)) + eps
-        y.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], C) / size[..., None])
+        y.append((q[:, :, t, None] @ C)[:, :, 0] / size[..., None])
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"C": C, "n": n, "m": m}
 
 
@@ -79,6 +80,8 @@ def expgate(
     expect("expgate", "value", value, "batch heads time features", batch=B, heads=H, time=T)
     for name, gate in (("log_forget", log_forget), ("log_input", log_input)):
         expect("expgate", name, gate, "batch heads time", batch=B, heads=H, time=T)
+    if T <= 1:
+        return expgate_reference(query, key, value, log_forget, log_input, state, eps=eps)
     num, den, m, after = exponential_sums(query, key, value, log_forget, log_input, state, chunk_size=chunk_size)
     size = torch.maximum(den.abs(), (-m).exp().to(den.dtype)) + eps
     return (num / size[..., None]).to(value.dtype), after
