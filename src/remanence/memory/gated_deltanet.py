@@ -96,8 +96,8 @@ class GatedDeltaNet(Memory):
     def recall(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the memories answer, before the readout: [batch, value_heads, time, V]."""
         state = self.begin(x, state)
-        mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"])
-        q, k, v = F.silu(mixed).split(self.widths, -1)
+        mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"], silu=True)
+        q, k, v = mixed.split(self.widths, -1)
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = l2_norm(split(q, self.heads)) * self.head_dim**-0.5

@@ -80,8 +80,8 @@ class Lattice(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        mixed, conv = self.conv(self.qkv(x), state["conv"])
-        q, k, v = (split(p, self.heads) for p in F.silu(mixed).split(self.widths, -1))
+        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
+        q, k, v = (split(p, self.heads) for p in mixed.split(self.widths, -1))
         q, k, step = l2_norm(q), l2_norm(k), wide(self.step(x)).sigmoid().transpose(1, 2)
         encode = self.objective == "encode"
         code, target = (v, k) if encode else (k, v)

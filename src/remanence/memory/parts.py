@@ -89,8 +89,10 @@ class ShortConv(nn.Module):
         dim, width = self.weight.shape
         return {"tail": zeros(self.weight, batch, width - 1, dim)}
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        return ops.causal_conv(wide(x), wide(self.weight), None if self.bias is None else wide(self.bias), state)
+    def forward(self, x: Tensor, state: State | None = None, *, silu: bool = False) -> tuple[Tensor, State]:
+        """The convolution, or its SiLU in the same pass."""
+        bias = None if self.bias is None else wide(self.bias)
+        return ops.causal_conv(wide(x), wide(self.weight), bias, state, silu=silu)
 
 
 class DecayGate(nn.Module):
