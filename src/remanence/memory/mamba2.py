@@ -97,8 +97,8 @@ class Mamba2(Memory):
         state = self.begin(x, state)
         inner = self.widths[0]
         z, mixed, step = self.inward(x).split([inner, sum(self.widths), self.heads], dim=-1)
-        mixed, conv = self.conv(mixed, state["conv"])
-        u, B, C = F.silu(mixed).split(self.widths, dim=-1)
+        mixed, conv = self.conv(mixed, state["conv"], silu=True)
+        u, B, C = mixed.split(self.widths, dim=-1)
         u = split(u, self.heads)
         k, q = (self._share(split(part, self.groups)) for part in (B, C))
         step = F.softplus(wide(step) + wide(self.step_bias)).clamp(*self.step_limit).transpose(1, 2)

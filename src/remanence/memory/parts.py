@@ -72,9 +72,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over the last `width` tokens; its state is the last `width - 1` inputs.
+    """Causal depthwise convolution over the last `width` tokens.
 
-    Shapes: x and y [batch, time, dim]; state {"tail": [batch, width - 1, dim]}.
+    Shapes: x and y [batch, time, dim]; state {"tail": [batch, width - 1, dim]}, the last raw inputs.
     """
 
     def __init__(self, dim: int, width: int = 4, *, bias: bool = False):

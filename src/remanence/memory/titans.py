@@ -89,8 +89,8 @@ class Titans(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        mixed, conv = self.conv(self.qkv(x), state["conv"])
-        q, k, v = (split(part, self.heads) for part in F.silu(mixed).chunk(3, dim=-1))
+        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
+        q, k, v = (split(part, self.heads) for part in mixed.chunk(3, dim=-1))
         retain, step, momentum = wide(self.gates(x)).transpose(1, 2).chunk(3, dim=1)
         step = self.max_step * step.sigmoid()
         if self.momentum:
