@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from remanence import catalogue, cli
 from remanence.cli import app, main
 from remanence.streams import logs
 
@@ -159,6 +160,14 @@ def test_generation_continues_the_prompt_and_repeats(run, done):
     assert one == two
     assert one[0] == 0
     assert one[1].startswith("2024-")
+
+
+def test_the_catalogue_fits_a_narrow_terminal_with_every_name_whole(run, monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 80)
+    code, out, _ = run("systems", "--kind", "memory")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(catalogue.cards("memory"))
 
 
 def test_the_catalogue_as_json(run):
