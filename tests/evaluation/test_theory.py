@@ -180,3 +180,13 @@ def test_a_gated_recurrence_of_another_width_keeps_everything_at_root_zero():
 def test_projections_that_do_not_fit_are_named():
     with pytest.raises(ShapeError, match=r"got \[2, 3\], \[2, 3\], \[4, 3\], \[4, 4\]"):
         as_gated_rnn(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize(("name", "condition"), [("lssl", 10), ("s4d", 1e9)])
+def test_time_invariant_layers_keep_six_tokens_and_legendre_keeps_them_best(name, condition):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = reconstruct(make(name, 2).double(), 6)
+    assert found.rank == found.unknowns == 12
+    assert found.condition < condition
+    assert found.error < 1e-6

@@ -21,8 +21,18 @@ def show(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """A table for each set of columns: tasks that are examined alike stand together."""
     tables: dict[tuple[str, ...], Table] = {}
     for row in rows:
-        table = tables.setdefault(tuple(row), Table(*row))
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        if tuple(row) not in tables:
+            table = tables[tuple(row)] = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+            for name in row:
+                words = name.split("_")
+                table.add_column(
+                    " ".join(words),
+                    justify="left" if name in ("task", "memory") else "right",
+                    overflow="fold",
+                    min_width=max(map(len, words)),
+                )
+        cells = {name: f"{v:.3f}" if isinstance(v, float) else str(v) for name, v in row.items()}
+        tables[tuple(row)].add_row(*(cells | {"seconds": str(row["seconds"])}).values())
     return list(tables.values())
 
 

@@ -71,7 +71,7 @@ def retrieval() -> tuple[Check, Check]:
     "Dense input-driven transitions hold the area under a path; commuting (diagonal) ones hold its end point only.",
 )
 def path_signature() -> tuple[Check, Check]:
-    dX = normals(0)(1, 200, 2) / 200**0.5
+    dX = normals(3)(1, 200, 2) / 200**0.5
     turned = dX.flip(1)  # the same steps in the opposite order: equal ends, another area
     A, start = signature_cde(2, 2)
     draw = normals(1)
