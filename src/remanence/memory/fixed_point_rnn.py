@@ -10,7 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import RMSNorm, wide, zeros
 from remanence.state import State
 
 MIXERS = ("householder", "dplr")
@@ -116,7 +116,7 @@ class FixedPointRNN(Memory):
         self.b = nn.Linear(self.width, self.width, bias=False)
         self.c = nn.Linear(2 * self.width, self.width, bias=False)
         self.mixer = Mixer(self.width, rank, mixer, most)
-        self.norm = nn.RMSNorm(self.width, eps=1e-5)
+        self.norm = RMSNorm(self.width, eps=1e-5)
         self.out = nn.Linear(self.width, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:

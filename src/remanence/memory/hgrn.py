@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import RMSNorm, wide, zeros
 from remanence.state import State
 
 
@@ -58,7 +58,7 @@ class HGRN(Memory):
         self.dim, self.lower_bound, self.layer = dim, lower_bound, layer
         self.forget = nn.Linear(dim, dim)
         self.candidate = nn.Linear(dim, dim, bias=False)
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = RMSNorm(dim, eps=1e-5)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 

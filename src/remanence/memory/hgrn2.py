@@ -10,7 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.hgrn import LowerBounds
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
 from remanence.state import State
 
 
@@ -47,7 +47,7 @@ class HGRN2(Memory):
         self.dim, self.heads, self.lower_bound, self.layer = dim, heads, lower_bound, layer
         self.head_dim = per_head("HGRN2", dim, heads)
         self.qfv = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = RMSNorm(dim, eps=1e-5)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:

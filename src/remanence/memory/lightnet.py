@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
 from remanence.state import State
 
 NOTHING = -1e30
@@ -47,7 +47,7 @@ class LightNet(Memory):
         self.dim, self.heads, self.head_dim = dim, heads, per_head("LightNet", dim, heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.gate = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, dim, bias=False))
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = RMSNorm(dim, eps=1e-5)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:

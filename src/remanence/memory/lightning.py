@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
 from remanence.state import State
 
 
@@ -114,7 +114,7 @@ class LightningAttention(Memory):
         rank = self.head_dim if gate_rank is None else gate_rank
         low_rank = [nn.Linear(dim, rank, bias=False), nn.Linear(rank, inner, bias=False)] if rank else []
         self.gate = nn.Sequential(*(low_rank or [nn.Linear(dim, inner, bias=False)]))
-        self.norm = nn.RMSNorm(inner, eps=1e-6, elementwise_affine=affine)
+        self.norm = RMSNorm(inner, eps=1e-6, elementwise_affine=affine)
         self.out = nn.Linear(inner, dim, bias=False)
         if lrpe:
             self.frequencies = nn.Parameter(10000 ** (-2 / inner * torch.arange(inner)).view(heads, 1, -1))

@@ -92,8 +92,7 @@ class Mamba(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, state["conv"])
-        u = F.silu(u)
+        u, conv = self.conv(u, state["conv"], silu=True)
         steps = self.x_proj(u.to(x.dtype)).split([self.rank, self.states, self.states], dim=-1)
         if self.norm_eps is not None:
             steps = tuple(F.rms_norm(s, s.shape[-1:], eps=self.norm_eps) for s in steps)

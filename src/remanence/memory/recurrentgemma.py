@@ -12,6 +12,7 @@ from remanence.errors import unknown
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.griffin import Griffin
+from remanence.memory.parts import RMSNorm
 from remanence.state import State
 
 PATTERN = ("recurrent", "recurrent", "attention")
@@ -35,7 +36,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, memory: Memory, hidden: int, eps: float):
         super().__init__()
-        self.memory_norm, self.mixer_norm = (nn.RMSNorm(memory.dim, eps=eps) for _ in range(2))
+        self.memory_norm, self.mixer_norm = (RMSNorm(memory.dim, eps=eps) for _ in range(2))
         self.memory, self.mixer = memory, GatedMLP(memory.dim, hidden)
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -103,7 +104,7 @@ class RecurrentGemma(Memory):
 
         kinds = [pattern[i % len(pattern)] for i in range(layers)]
         self.blocks = nn.ModuleList(ResidualBlock(block(kind), hidden or 3 * dim, eps) for kind in kinds)
-        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.norm = RMSNorm(dim, eps=eps)
 
     @property
     def memories(self) -> list[Memory]:

@@ -40,9 +40,9 @@ class RetNet(Memory):
         self.qk = nn.Linear(dim, 2 * dim, bias=False)
         self.v = nn.Linear(dim, 2 * dim, bias=False)
         self.readout = GatedReadout(dim, heads, 2 * self.head_dim, affine=False)
-        for weight in (self.qk.weight, self.v.weight, self.readout.gate.weight):
-            nn.init.xavier_uniform_(weight, gain=2**-2.5)
-        nn.init.xavier_uniform_(self.readout.out.weight, gain=0.5)
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                nn.init.xavier_uniform_(weight, gain=0.5 if weight is self.readout.out.weight else 2**-2.5)
         # constants, not buffers: `.float()` would round them
         self.log_decay = torch.log1p(-(2.0 ** -(5 + torch.arange(heads, dtype=torch.float64))))
         self.frequencies = 10000 ** -torch.linspace(0, 1, self.head_dim // 2, dtype=torch.float64)

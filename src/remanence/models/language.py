@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from remanence.errors import StateError
 from remanence.memory import make
 from remanence.memory.base import Memory
+from remanence.memory.parts import RMSNorm
 from remanence.state import State, check_state
 
 
@@ -53,9 +54,9 @@ class Block(nn.Module):
 
     def __init__(self, memory: Memory, hidden: int):
         super().__init__()
-        self.memory_norm = nn.RMSNorm(memory.dim)
+        self.memory_norm = RMSNorm(memory.dim)
         self.memory = memory
-        self.mixer_norm = nn.RMSNorm(memory.dim)
+        self.mixer_norm = RMSNorm(memory.dim)
         self.mixer = ChannelMixer(memory.dim, hidden)
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -99,7 +100,7 @@ class LanguageModel(nn.Module):
         self.hashed = nn.ModuleList(nn.Embedding(ngram_rows, dim) for _ in self.ngrams)
         memories = [make(name, dim, **given.get(name, {})) for name in parse_pattern(pattern)]
         self.blocks = nn.ModuleList(Block(memory, int(dim * expand)) for memory in memories)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
         for table in [self.embedding, *self.hashed]:
             nn.init.normal_(table.weight, std=0.5 / (1 + len(self.hashed)) ** 0.5)
