@@ -11,10 +11,27 @@ from remanence.ops.compiled import summing
 
 
 @summing
+def _copy(x, y):
+    # in loops, here and below: assigning arrays as such takes the compiler seconds
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y[i, j] = x[i, j]
+
+
+@summing
+def _turn(x, y):
+    """y = xᵀ."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            y[j, i] = x[i, j]
+
+
+@summing
 def _read(a, S, u):
     """u = Sᵀ a, four key features at a time: the sum is then fetched and put back once for four."""
     K, V = S.shape
-    u[:] = 0
+    for j in range(V):
+        u[j] = 0
     whole = K - K % 4
     for i in range(0, whole, 4):
         S0, S1, S2, S3 = S[i], S[i + 1], S[i + 2], S[i + 3]
@@ -42,15 +59,15 @@ def forward(first, last, every, q, k, v, a, b, decay, start, y, end, u, kept):
     T, K, V = k.shape[1], k.shape[2], v.shape[2]
     S, new = np.empty((K, V), v.dtype), np.empty((K, V), v.dtype)
     for r in range(first, last):
-        S[:] = start[r]
+        _copy(start[r], S)
         for t in range(T):
             if t % every == 0:
-                kept[r, t // every] = S.T
+                _turn(S, kept[r, t // every])
             _read(a[r, t], S, u[r, t])
             _write(S, new, u[r, t], k[r, t], v[r, t], b[r, t], decay[r, t])
             S, new = new, S
             _read(q[r, t], S, y[r, t])
-        end[r] = S
+        _copy(S, end[r])
 
 
 @summing
@@ -60,10 +77,10 @@ def backward(first, last, every, q, k, v, a, b, decay, u, kept, d_y, d_S, d_q, d
     states, d_u, carried = np.empty((every + 1, V, K), v.dtype), np.empty(V, v.dtype), np.empty(K, v.dtype)
     D = np.empty((V, K), v.dtype)
     for r in range(first, last):
-        D[:] = d_S[r].T
+        _turn(d_S[r], D)
         for block in range(kept.shape[1] - 1, -1, -1):
             t0, t1 = block * every, min((block + 1) * every, T)
-            states[0] = kept[r, block]
+            _copy(kept[r, block], states[0])
             for t in range(t0, t1):
                 _write_turned(states[t - t0], states[t - t0 + 1], u[r, t], k[r, t], v[r, t], b[r, t], decay[r, t])
             _diagonal(states[t1 - t0], D, carried)
@@ -76,10 +93,10 @@ def backward(first, last, every, q, k, v, a, b, decay, u, kept, d_y, d_S, d_q, d
                 _read(d_u, before, d_a[r, t])
                 _unwrite(D, d_u, a[r, t], decay[r, t])
                 _carry(carried, q[r, t], d_q[r, t], k[r, t], d_k[r, t], b[r, t], d_b[r, t])
-                d_g[r, t] = carried
                 for i in range(K):
+                    d_g[r, t, i] = carried[i]
                     carried[i] += a[r, t, i] * d_a[r, t, i]
-        d_S[r] = D.T
+        _turn(D, d_S[r])
 
 
 @summing
@@ -117,7 +134,8 @@ def _unwrite(D, d_u, a, decay):
 @summing
 def _diagonal(S, D, carried):
     """Per key feature, the product of state and gradient: what a decay just after them would have as gradient."""
-    carried[:] = 0
+    for i in range(carried.shape[0]):
+        carried[i] = 0
     for j in range(S.shape[0]):
         for i in range(S.shape[1]):
             carried[i] += S[j, i] * D[j, i]

@@ -11,6 +11,19 @@ from remanence.ops.compiled import summing
 
 
 @summing
+def _copy(x, y):
+    # in a loop, here and below: assigning arrays as such takes the compiler seconds
+    for j in range(x.shape[0]):
+        y[j] = x[j]
+
+
+@summing
+def _clear(x):
+    for j in range(x.shape[0]):
+        x[j] = 0
+
+
+@summing
 def _dot(x, y):
     total = x[0] * 0
     for j in range(x.shape[0]):
@@ -38,7 +51,7 @@ def _polar(x, F):
 @summing
 def _error(correct, F, c, target, e):
     """e = target − Fᵀ c."""
-    e[:] = target
+    _copy(target, e)
     if correct:
         for i in range(F.shape[0]):
             _add(F[i], -c[i], e)
@@ -72,7 +85,7 @@ def forward(first, last, every, correct, renormalise, by_slot, q, c, v, r, start
             _error(correct, F, c[row, t], v[row, t], e)
             _write(n, F, c[row, t], r[row, t], e, renormalise, n_new, F_new, grown, slot)
             n, n_new, F, F_new = n_new, n, F_new, F
-            y[row, t] = 0
+            _clear(y[row, t])
             for i in range(M):
                 if by_slot:
                     y[row, t, i] = _dot(F[i], q[row, t])
@@ -115,7 +128,7 @@ def backward(first, last, every, correct, renormalise, by_slot, q, c, v, r, kept
                 d_r[row, t] = _unwrite(
                     correct, Fs[m], ns[m], es[m], c[row, t], r[row, t], d, d_c[row, t], d_e, d_p, along
                 )  # fmt: skip
-                d_v[row, t] = d_e
+                _copy(d_e, d_v[row, t])
 
 
 @summing
@@ -129,7 +142,7 @@ def _across(F, d, n):
 @summing
 def _unread(by_slot, F, n, q, d_y, d, d_q, d_F):
     """Gradients of the query, and, added to d, of the slots after the write."""
-    d_q[:] = 0
+    _clear(d_q)
     for i in range(F.shape[0]):
         for j in range(F.shape[1]):
             d_F[j] = d_y[i] * q[j] if by_slot else q[i] * d_y[j]
@@ -149,7 +162,7 @@ def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along):
     """
     M, D = F.shape
     d_rate = rate * 0
-    d_e[:] = 0
+    _clear(d_e)
     for i in range(M):
         r = rate * c[i] / n[i]
         p, along[i] = _dot(F[i], e), _dot(F[i], d[i])
