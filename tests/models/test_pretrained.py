@@ -1,5 +1,6 @@
 """Published checkpoints: their logits, from any cut; back again bit for bit; and what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -170,6 +171,14 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder):
         pretrained.load(folder)
 
 
+@pytest.mark.parametrize(
+    "spelling", [{"rope_scaling": {"type": "yarn"}}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0}}]
+)
+def test_scaled_rotary_positions_are_refused(spelling):
+    with pytest.raises(CheckpointError, match="rope_type = 'yarn'; only 'default'"):
+        pretrained.from_config({"model_type": "recurrent_gemma"} | GEMMA | spelling)
+
+
 def test_a_tied_head_may_be_stored_or_not(folder):
     model = pretrained.load(folder)
     altered(folder, lambda w: w.update({"lm_head.weight": w["backbone.embeddings.weight"].clone()}))
@@ -236,7 +245,8 @@ def test_a_state_of_another_model_is_refused(folder):
 
 
 def test_it_learns_from_a_stream_and_its_state_stays_as_large(folder):
-    model = pretrained.load(folder)
+    model = copy.deepcopy(pretrained.load(folder))
+    assert model.head.weight is model.embedding.weight
     learner = Learner(model, AdamW(model.parameters(), lr=0.01))
     text = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6] * 40])
     costs = [learner.observe(piece).bits.mean().item() for piece in text.split(16, dim=1)]

@@ -9,6 +9,8 @@ from remanence.models.pretrained.mapping import Config, Rule, number, same
 from remanence.models.pretrained.model import PretrainedModel, Residual
 
 DEFAULTS = {
+    "state_size": 128,
+    "head_dim": 64,
     "expand": 2,
     "conv_kernel": 4,
     "n_groups": 8,

@@ -89,8 +89,9 @@ def number(given: Any) -> float:
 
 def rotary(config: Config) -> tuple[float, float]:
     """The base of the rotary phases, and the share of features that is turned, in the old and the new spelling."""
-    given = {**config, **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
-    Config(given).only("rope_type", "default")
+    told = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = Config({**config, **told, "rope_type": told.get("rope_type", told.get("type", "default"))})
+    given.only("rope_type", "default")
     return float(given.get("rope_theta", 10000.0)), float(given.get("partial_rotary_factor", 1.0))
 
 

@@ -81,6 +81,7 @@ class PretrainedModel(nn.Module):
         self.embedding = nn.Embedding(self.vocabulary, self.dim)
         self.first_norm = first_norm
         self.layers = nn.ModuleList(layers)
+        self.remembering = frozenset(self.memories)
         self.norm = norm
         self.head = nn.Linear(self.dim, self.vocabulary, bias=False)
         self.tied = bool(config["tie_word_embeddings"])
@@ -116,7 +117,7 @@ class PretrainedModel(nn.Module):
         return {i: memory.initial_state(batch) for i, memory in self.memories.items()}
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        if state is not None and state.keys() != self.memories.keys():
+        if state is not None and state.keys() != self.remembering:
             raise StateError(f"PretrainedModel: this state belongs to another model: it holds {sorted(state)}.")
         x = self.embedding(tokens) * self.scale
         if self.first_norm is not None:

@@ -27,7 +27,8 @@ def build(config: Config) -> PretrainedModel:
     """A model of this configuration."""
     config.only("use_bias", False)
     config.only("weight_mode", "single", "fused")
-    config.setdefault("hidden_size", config.get("embedding_dim"))
+    if "embedding_dim" in config:
+        config.setdefault("hidden_size", config["embedding_dim"])
     dim, heads, eps = config["hidden_size"], config["num_heads"], config["norm_eps"]
     keys, values = int(dim * config["qk_dim_factor"]), int(dim * config["v_dim_factor"])
     unit = config["ffn_round_up_to_multiple_of"]
