@@ -60,7 +60,7 @@ def softmax_scan(
     for name, x in (("log_decay", log_decay), ("bonus", bonus)):
         if x is not None:
             expect("softmax_scan", name, x, "features", features=D)
-    if T <= 1:
+    if T == 0:
         return softmax_scan_reference(score, value, log_decay, bonus, state)
     inputs = _prepare(score, value, log_decay, bonus, state)
     run = _SoftmaxScan.apply if score.device.type == "cpu" else _by_doubling
@@ -150,5 +150,8 @@ class _SoftmaxScan(torch.autograd.Function):
 def _spread(kernel: Any, band: int, *tensors: Tensor) -> None:
     from remanence.ops.compiled import spread
 
-    parts = -(-tensors[0].shape[2] // band)
-    spread(kernel, parts, tensors[0].numel(), *(x.detach().numpy() for x in tensors))
+    parts, arrays = -(-tensors[0].shape[2] // band), [x.detach().numpy() for x in tensors]
+    if tensors[0].shape[1] == 1:  # a token is done before threads are asked
+        kernel(0, parts, *arrays)
+    else:
+        spread(kernel, parts, tensors[0].numel(), *arrays)
