@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import recurrent_dtype
+from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.state import State
 
 Prefix = tuple[Tensor, Tensor]
@@ -76,6 +78,22 @@ def window_attention(
     old_k, old_v, seen = state["k"], state["v"], state["seen"]
     all_k, all_v = torch.cat([old_k, key], 2), torch.cat([old_v, value], 2)
     after = {"k": all_k[:, :, T:], "v": all_v[:, :, T:], "seen": seen + T}
+    if not T:
+        return value, value.new_zeros(value.shape[:3], dtype=recurrent_dtype(value)), after
+    q = query.to(all_k.dtype)
+    if key.device.type == "cpu" and T > 1:
+        p_k, p_v = (all_k[:, :, :0], all_v[:, :, :0]) if prefix is None else _wide_prefix(prefix, all_k)
+        y, logsumexp = _Compiled.apply(q, all_k, all_v, p_k, p_v, seen, window)
+    else:
+        y, logsumexp = _by_blocks(q, all_k, all_v, prefix, seen, window)
+    return y.to(value.dtype), logsumexp, after
+
+
+def _by_blocks(
+    q: Tensor, all_k: Tensor, all_v: Tensor, prefix: Prefix | None, seen: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
+    """A block of queries at a time, in differentiable operations on any device."""
+    T, K = q.shape[2:]
     # Joined again from split pieces: the gradient of a slice is as long as all keys, that of a piece is not.
     split_k, split_v = all_k.split(BLOCK, 2), all_v.split(BLOCK, 2)
     y, logsumexp = [], []
@@ -85,18 +103,58 @@ def window_attention(
         needed = slice(block, -(-stop // BLOCK))
         k, v = (torch.cat(x[needed], 2)[:, :, : stop - start] for x in (split_k, split_v))
         k, v = _with_prefix(k, v, prefix)
-        scores = (query[:, :, start : start + n].to(k.dtype) / K**0.5) @ k.mT
-        row = torch.arange(n, device=key.device)[:, None]
-        column = torch.arange(stop - start, device=key.device)
+        scores = (q[:, :, start : start + n] / K**0.5) @ k.mT
+        row = torch.arange(n, device=q.device)[:, None]
+        column = torch.arange(stop - start, device=q.device)
         hidden = (column < row) | (column >= row + window)
         hidden = hidden | (column + start < (window - 1 - seen)[:, None, None, None])
-        scores[..., k.shape[2] - (stop - start) :].masked_fill_(hidden, -torch.inf)
+        visible = scores[..., k.shape[2] - (stop - start) :].masked_fill(hidden, -torch.inf)
+        scores = torch.cat([scores[..., : k.shape[2] - (stop - start)], visible], -1)
         total = scores.logsumexp(-1)
         y.append((scores - total[..., None]).exp() @ v)
         logsumexp.append(total)
-    if not y:
-        return value, value.new_zeros(value.shape[:3], dtype=recurrent_dtype(value)), after
-    return torch.cat(y, 2).to(value.dtype), torch.cat(logsumexp, 2), after
+    return torch.cat(y, 2), torch.cat(logsumexp, 2)
+
+
+class _Compiled(torch.autograd.Function):
+    """The same compiled for the CPU, with gradients by hand: weights are made again from the logsumexp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor, seen: Tensor, window: int
+    ) -> tuple[Tensor, Tensor]:
+        from remanence.ops import window_kernels as kernels
+        from remanence.ops.compiled import blank, flat, rows, spread
+
+        B, H, T, K = q.shape
+        y = blank(v[:, :, :T], 3)
+        logsumexp = q.new_empty(B, H, T)
+        how = H, T, min(max(window, 16), 64), window, K**-0.5
+        inputs = *flat(q, 3), rows(k), rows(v), rows(p_k), rows(p_v), seen.numpy()
+        spread(kernels.forward, B * H, q.numel(), *how, *inputs, *flat(y, 3), rows(logsumexp))
+        ctx.save_for_backward(q, k, v, p_k, p_v, seen, y, logsumexp)
+        ctx.how = how
+        return y, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from remanence.ops import window_kernels as kernels
+        from remanence.ops.compiled import blank, flat, rows, spread
+
+        q, k, v, p_k, p_v, seen, y, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor) -> tuple[Tensor, Tensor]:
+                return _by_blocks(q, k, v, (p_k, p_v), seen, ctx.how[3])
+
+            return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, p_k, p_v), grads), None, None
+        B, H = q.shape[:2]
+        d_q = blank(q, 3)
+        found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v, p_k, p_v)]
+        inputs = *flat(q, 3), rows(k), rows(v), rows(p_k), rows(p_v), seen.numpy(), *flat(y, 3), rows(logsumexp)
+        given = *flat(grads[0], 3), rows(grads[1])
+        spread(kernels.backward, B * H, q.numel(), *ctx.how, *inputs, *given, *flat(d_q, 3), *(rows(x) for x in found))
+        return d_q, *found, None, None
 
 
 def _begin(key: Tensor, value: Tensor, window: int) -> State:
@@ -112,6 +170,11 @@ def _begin(key: Tensor, value: Tensor, window: int) -> State:
 def _with_prefix(k: Tensor, v: Tensor, prefix: Prefix | None) -> Prefix:
     if prefix is None:
         return k, v
-    B = k.shape[0]
-    p_k, p_v = (x.to(k.dtype).expand(B, -1, -1, -1) for x in prefix)
+    p_k, p_v = _wide_prefix(prefix, k)
     return torch.cat([p_k, k], 2), torch.cat([p_v, v], 2)
+
+
+def _wide_prefix(prefix: Prefix, k: Tensor) -> Prefix:
+    """The prefix in the precision of the keys, and as wide as the batch."""
+    p_k, p_v = (x.to(k.dtype).expand(k.shape[0], -1, -1, -1) for x in prefix)
+    return p_k, p_v
