@@ -25,7 +25,7 @@ def test_rows_a_table_and_a_picture(tmp_path):
     done = run("bench", "set-disjointness", *how, "--json", "--picture", tmp_path / "sets.png")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["task"] for row in rows] == ["once", "twice"]
-    assert list(rows[0])[2:5] == ["short first", "long first", "chance"]
+    assert list(rows[0])[2:5] == ["short first", "long first", "loss"]
     assert rows[0]["state_bytes"] == 32
     assert (tmp_path / "sets.png").stat().st_size > 1000
     table = run("bench", "memory-curve", *how)

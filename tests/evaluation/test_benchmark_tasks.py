@@ -15,7 +15,7 @@ from remanence.evaluation.benchmarks.picture import draw, show
 from remanence.evaluation.benchmarks.retrieval import Count, Index, IsTree, NextLetter
 from remanence.evaluation.benchmarks.selectivity import Selectivity
 from remanence.evaluation.benchmarks.tasks import GroupedBatch, Parity, Recall, score
-from remanence.evaluation.benchmarks.training import Entry, run_benchmark
+from remanence.evaluation.benchmarks.training import Entry, examine, run_benchmark
 from remanence.streams.grammar import Grammar
 
 TASKS = [
@@ -200,6 +200,17 @@ def test_a_model_learns_the_states_of_a_grammar_better_than_the_symbols_tell_the
     task = {"grammar": Selectivity(Grammar(5, 4, 3, gap=0.0, starts=2, seed=1), 16)}
     (row,) = run_benchmark(task, ["min-lstm"], steps=120, dim=16, layers=1, batch=16, rate=2e-2)
     assert row["accuracy"] > row["chance"] + 0.2
+    assert 0 < row["loss"] < 1  # of log2(13) bits; the symbol alone leaves more than one
+
+
+def test_the_loss_is_in_bits_per_answer():
+    class Even:
+        def __call__(self, inputs):
+            return torch.zeros(*inputs.shape[:2], task.vocabulary), None
+
+    for task in (Parity(8), Recall(3, 4, 6, together=True)):
+        _, bits = examine(Even(), task, batches=2, batch=3, seed=0)
+        assert bits == pytest.approx(math.log2(task.vocabulary))
 
 
 def test_patterns_and_entries_take_part_and_a_growing_state_is_measured_after_reading():

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-LAST = ("chance", "state_bytes", "parameters", "seconds")
+LAST = ("loss", "chance", "state_bytes", "parameters", "seconds")
 """What stands after the scores in every row."""
 
 

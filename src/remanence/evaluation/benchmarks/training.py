@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,14 +48,22 @@ class Reader(LanguageModel):
 
 def accuracy(model: LanguageModel, task: Task, *, batches: int, batch: int, seed: int) -> float:
     """Share of the answers that are right, on `batches` fresh batches of `seed`."""
+    return examine(model, task, batches=batches, batch=batch, seed=seed)[0]
+
+
+def examine(model: LanguageModel, task: Task, *, batches: int, batch: int, seed: int) -> tuple[float, float]:
+    """Share of right answers, and mean cross-entropy in bits, on `batches` fresh batches of `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    right = total = 0
+    right = total = positions = 0
+    bits = 0.0
     with torch.no_grad():
         for _ in range(batches):
             drawn = task.draw(batch, generator)
-            found, asked = score(model(drawn.inputs)[0], drawn)
-            right, total = right + found, total + asked
-    return right / total
+            logits = model(drawn.inputs)[0]
+            found, asked = score(logits, drawn)
+            right, total, positions = right + found, total + asked, positions + int(drawn.mask.sum())
+            bits += float(F.cross_entropy(logits[drawn.mask], drawn.targets[drawn.mask], reduction="sum")) / math.log(2)
+    return right / total, bits / positions
 
 
 def train(
@@ -108,8 +117,8 @@ def run_benchmark(
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> list[dict[str, Any]]:
     """A row per task and memory: `task`, `memory`, a share of right answers for each of the task's `exams` (most
-    have `accuracy` and `longer`, on what no training saw), `chance`, `state_bytes` (one sequence as it was
-    trained on, once it is read), `parameters`, `seconds` (training).
+    have `accuracy` and `longer`, on what no training saw), `loss` (bits per answer), `chance`, `state_bytes` (one
+    sequence as it was trained on, once it is read), `parameters`, `seconds` (training).
 
     Every memory trains on the same batches and is examined on the same others. A memory is a name, a pattern like
     `"3*gla, softmax"`, or an `Entry`.
@@ -133,10 +142,13 @@ def run_benchmark(
             one = task.draw(1, torch.Generator().manual_seed(seed))
             with torch.no_grad():
                 held = model(one.inputs)[1]
+            results = {column: (examined, *examine(model, examined, **exam)) for column, examined in task.exams.items()}
+            loss = next((bits for examined, _, bits in results.values() if examined == task), None)
             rows.append(
                 {"task": title, "memory": entry.title}
-                | {column: accuracy(model, examined, **exam) for column, examined in task.exams.items()}
+                | {column: share for column, (_, share, _) in results.items()}
                 | {
+                    "loss": examine(model, task, **exam)[1] if loss is None else loss,
                     "chance": task.chance,
                     "state_bytes": state.nbytes(held),
                     "parameters": sum(p.numel() for p in model.parameters()),
