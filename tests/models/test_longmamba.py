@@ -54,7 +54,7 @@ def test_the_kept_steps_sum_to_the_budget() -> None:
         )[:, 0]
         kept = torch.where(long > theta[:, None], long, 0)
         budget = steps.sum(1)
-        assert (kept.sum(1) <= budget * (1 + 1e-6)).all()
+        assert (kept.sum(1) <= budget * (1 + 1e-3)).all()
         assert (kept.sum(1) > 0.98 * budget - long[:, 0]).all()
     assert (threshold(steps, 200) <= steps.amin(1) + 1e-12).all()  # at the trained length all may stay
 

@@ -26,11 +26,17 @@ def threshold(steps: Tensor, length: int, budget: Tensor | None = None) -> Tenso
     Shapes: steps [channels, tokens] ≥ 0; budget and result [channels].
     """
     budget = steps.sum(1) if budget is None else budget
-    order = steps.sort(dim=1, descending=True).values
-    long = nn.functional.interpolate(order[:, None].double(), size=length, mode="linear", align_corners=True)[:, 0]
-    over = long.cumsum(1) > budget[:, None] + 1e-9 * budget[:, None]
-    first = torch.where(over.any(1), over.int().argmax(1), length - 1)
-    return long.gather(1, first[:, None])[:, 0].to(steps.dtype)
+    order = steps.double().sort(dim=1, descending=True).values
+    between = (order[:, 1:] + order[:, :-1]) / 2
+    area = torch.cat([torch.zeros_like(order[:, :1]), between.cumsum(1)], 1)
+    # the sum of a stretched line is its area and half its ends: what is long is never made
+    total = area * ((length - 1) / max(order.shape[1] - 1, 1)) + (order[:, :1] + order) / 2
+    left = budget.double()[:, None] * (1 + 1e-9)
+    place = (total <= left).sum(1, keepdim=True).clamp(max=order.shape[1] - 1)
+    before = (place - 1).clamp(min=0)
+    low, high = total.gather(1, before), total.gather(1, place)
+    share = ((left - low) / (high - low).clamp(min=1e-300)).clamp(0, 1)
+    return torch.lerp(order.gather(1, before), order.gather(1, place), share)[:, 0].to(steps.dtype)
 
 
 class LongMamba(Memory):
@@ -205,14 +211,15 @@ def _observe(model: nn.Module, sample: Tensor, seen: dict[Memory, list[list[tupl
 
 def _table(parts: list[tuple[Tensor, Tensor]], top: float, lasting: float, lengths: Sequence[int]) -> Tensor:
     """Thresholds [lengths, channels...], averaged over samples; −1 where a channel forgets fast, or by no input."""
-    rate = parts[0][1]
-    steps = torch.cat([step for step, _ in parts])
-    shape, T = steps.shape[1:-1], steps.shape[-1]
-    flat = steps.reshape(-1, T)
-    most = flat.kthvalue(max(1, min(T, round((1 - top) * T))), dim=1, keepdim=True).values
-    cut = torch.minimum(flat, most)
-    budget = cut.sum(1)
-    thetas = torch.stack([threshold(flat, L, budget).view(len(steps), *shape).mean(0) for L in lengths])
-    kept = (-(budget.view(len(steps), *shape).mean(0)) * rate).exp()
-    fixed = ((flat.amax(1) - flat.amin(1)) <= 1e-6 * flat.amax(1)).view(len(steps), *shape).all(0)
-    return thetas.masked_fill((kept <= lasting) | fixed, -1.0)
+    thetas, kept, fixed = [], [], []
+    for steps, rate in parts:
+        shape = steps.shape[:-1]
+        flat = steps.flatten(0, -2)
+        T = flat.shape[1]
+        most = flat.kthvalue(max(1, min(T, round((1 - top) * T))), dim=1, keepdim=True).values
+        budget = torch.minimum(flat, most).sum(1)
+        thetas.append(torch.stack([threshold(flat, L, budget).view(shape).mean(0) for L in lengths]))
+        kept.append(budget.view(shape).mean(0) * rate)
+        fixed.append((flat.amax(1) - flat.amin(1) <= 1e-6 * flat.amax(1)).view(shape).all(0))
+    local = torch.stack(kept).mean(0).neg().exp() <= lasting
+    return torch.stack(thetas).mean(0).masked_fill(local | torch.stack(fixed).all(0), -1.0)
