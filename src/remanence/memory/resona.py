@@ -40,7 +40,7 @@ class Resona(Memory):
         heads: of the attention.
 
     Shapes: x and y [batch, time, dim]; state {"memory": that of the memory, "kept": [batch, budget, chunk, dim], latest
-        last, "open": [batch, chunk, dim], "seen": int64 [batch]}.
+        last, "means": [batch, budget, dim], of what is kept, "open": [batch, chunk, dim], "seen": int64 [batch]}.
     Raises: `UnknownName` for a memory that there is not; `ValueError` if `heads` does not divide `dim`, a memory has
         another width, or chunk, top < 1, budget < 2; `ShapeError`, `StateError` from `forward`.
     Source: Resona (2025), arXiv:2503.22913, whose code is not published: sizes, what resembles what, and the gate are
@@ -76,25 +76,35 @@ class Resona(Memory):
 
     def initial_state(self, batch: int) -> State:
         kept = zeros(self.out.weight, batch, self.budget, self.chunk, self.dim)
-        seen = torch.zeros(batch, dtype=torch.int64, device=kept.device)
-        return {"memory": self.memory.initial_state(batch), "kept": kept, "open": kept[:, 0].clone(), "seen": seen}
+        return {
+            "memory": self.memory.initial_state(batch),
+            "kept": kept,
+            "means": kept[:, :, 0].clone(),
+            "open": kept[:, 0].clone(),
+            "seen": torch.zeros(batch, dtype=torch.int64, device=kept.device),
+        }
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         h, inner = self.memory(x, state["memory"])
         (B, T, _), C = x.shape, self.chunk
-        phase = state["seen"] % C
+        seen, kept = state["seen"], state["kept"]
+        phase = seen % C
         ended = (phase + T) // C  # chunks of this call, by row
-        chunks = torch.cat(
-            [state["kept"], self._grid(wide(x), state["open"], phase, int(ended.max()) + 1 if B else 1)], 1
-        )
+        count = 1 + max(ended.tolist(), default=0)
+        grid = self._grid(wide(x), state["open"], phase, count)
+        means = torch.cat([state["means"], grid.detach().mean(2)], 1)
         if T:
-            found, there = self._find(chunks, (state["seen"] // C).clamp(max=self.budget))
+            found, there = self._find(kept, grid, means, (seen // C).clamp(max=self.budget))
             h = h + self.gate(h).sigmoid() * self._attend(x, found, there, phase)
         rows = torch.arange(B, device=x.device)
-        kept = chunks[rows[:, None], ended[:, None] + torch.arange(self.budget, device=x.device)]
-        begun = chunks[rows, self.budget + ended]
-        return h, {"memory": inner, "kept": kept, "open": begun, "seen": state["seen"] + T}
+        if count > 1:
+            last = ended[:, None] + torch.arange(self.budget, device=x.device)
+            kept = torch.cat([kept, grid], 1)[rows[:, None], last]
+            means = means[rows[:, None], last]
+        else:
+            means = state["means"]
+        return h, {"memory": inner, "kept": kept, "means": means, "open": grid[rows, ended], "seen": seen + T}
 
     def _grid(self, x: Tensor, begun: Tensor, phase: Tensor, count: int) -> Tensor:
         """The open chunk and what follows it, in chunks [batch, count, chunk, dim], zero where nothing is read yet."""
@@ -106,18 +116,23 @@ class Resona(Memory):
         grid = text.gather(1, source.clamp(max=C + T - 1)[..., None].expand(-1, -1, D))
         return torch.where(there[..., None], grid, 0).view(B, count, C, D)
 
-    def _find(self, chunks: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+    def _find(self, kept: Tensor, grid: Tensor, means: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
         """What each new chunk may look at: tokens [batch, new, 2·top, chunk, dim], and which passages there are."""
-        B, N = chunks.shape[:2]
-        new = torch.arange(self.budget, N, device=chunks.device)
-        known = F.normalize(chunks.detach().mean(2), dim=-1)
+        B, N = means.shape[:2]
+        new = torch.arange(self.budget, N, device=means.device)
+        known = F.normalize(means, dim=-1)
         likeness = known[:, new - 1] @ known.mT
-        passage = torch.arange(N, device=chunks.device)
+        passage = torch.arange(N, device=means.device)
         first = torch.maximum(new[:, None] - self.budget, (self.budget - stored)[:, None, None])
         hidden = (passage < first) | (passage > new[:, None] - 2)
         best = likeness.masked_fill(hidden, -torch.inf).topk(min(self.top, N), dim=-1)
         place = torch.stack([best.indices, (best.indices + 1).clamp(max=N - 1)], -1).flatten(2)
-        found = chunks[torch.arange(B, device=chunks.device)[:, None, None], place]
+        row = torch.arange(B, device=means.device)[:, None, None]
+        if len(new) > 2:
+            found = torch.cat([kept, grid], 1)[row, place]
+        else:  # a few tokens: what is kept is not copied for them
+            old, late = kept[row, place.clamp(max=self.budget - 1)], grid[row, (place - self.budget).clamp(min=0)]
+            found = torch.where((place < self.budget)[..., None, None], old, late)
         return found, best.values.isfinite().repeat_interleave(2, -1)
 
     def _attend(self, x: Tensor, found: Tensor, there: Tensor, phase: Tensor) -> Tensor:

@@ -274,8 +274,8 @@ def resona() -> tuple[Check, Check]:
         return ((y @ code.mT).argmax(1) == text[length + 1 :]).double().mean().item()
 
     class Shuffled(Resona):
-        def _find(self, chunks: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
-            found, there = super()._find(chunks, stored)
+        def _find(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+            found, there = super()._find(*arguments)
             return found.roll(4, 1), there.roll(4, 1)
 
     shuffled = Shuffled(x.shape[2], memory=base, chunk=32, top=1, budget=32, heads=1).double()
