@@ -41,9 +41,13 @@ def causal_conv(
     expect("causal_conv", "weight", weight, "features width")
     T = x.shape[1]
     seen = torch.cat([_tail(x, weight, state), x], 1)
+    if T == 1:
+        now = torch.einsum("btd,dt->bd", seen, weight.to(seen.dtype))[:, None]
+        now = now if bias is None else now + bias
+        return (F.silu(now) if silu else now).to(x.dtype), {"tail": seen[:, 1:]}
     b = seen.new_zeros(weight.shape[0]) if bias is None else bias.to(seen.dtype).contiguous()
     taps = weight.to(seen.dtype).mT.contiguous()
-    run = _Compiled.apply if seen.device.type == "cpu" and T > 1 else _shifted
+    run = _Compiled.apply if seen.device.type == "cpu" and T else _shifted
     return run(seen, taps, b, silu).to(x.dtype), {"tail": seen[:, T:]}
 
 

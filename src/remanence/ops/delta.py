@@ -57,15 +57,26 @@ def gated_delta_rule(
     arXiv:2406.06484 (2024).
     """
     _check(query, key, value, beta, log_decay)
-    if key.shape[2] <= 1:
+    if not key.shape[2]:
         return gated_delta_rule_reference(query, key, value, beta, log_decay, state)
     dtype = recurrent_dtype(value)
     q, k, v, b = (x.to(dtype) for x in (query, key, value, beta))
     start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
     g = None if log_decay is None else log_decay.to(dtype)
+    if k.shape[2] == 1:
+        y, S = _step(q, k, v, b, g, start)
+        return y.to(value.dtype), {"S": S}
     run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
     y, S = run(q, k, v, b, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, in few operations."""
+    if g is not None:
+        S = floored(g).exp()[..., None] * S
+    S = S + k.mT @ (b[..., None] * (v - k @ S))
+    return q @ S, S
 
 
 def _by_chunks(

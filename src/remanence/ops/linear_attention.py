@@ -50,15 +50,27 @@ def linear_attention(
     Source: Katharopoulos et al., arXiv:2006.16236 (2020); decays: Yang et al., arXiv:2312.06635 (2023).
     """
     _check("linear_attention", query, key, value, log_decay)
-    if key.shape[2] <= 1:
+    if not key.shape[2]:
         return linear_attention_reference(query, key, value, log_decay, state)
     dtype = recurrent_dtype(value)
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
     g = None if log_decay is None else log_decay.to(dtype)
+    if k.shape[2] == 1:
+        y, S = _step(q, k, v, g, start)
+        return y.to(value.dtype), {"S": S}
     run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
     y, S = run(q, k, v, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, in few operations."""
+    if g is not None:
+        a = floored(g).exp()
+        S = (a[..., None] if a.ndim == 3 else a.mT) * S
+    S = S + k.mT * v
+    return q @ S, S
 
 
 def _by_chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int) -> tuple[Tensor, Tensor]:
