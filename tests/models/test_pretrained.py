@@ -237,6 +237,8 @@ def test_weights_in_several_files_and_their_precisions(folder):
     assert loaded.embedding.weight.dtype == torch.bfloat16
     assert loaded.layers[0].inner.A_log.dtype == torch.float32
     near(pretrained.load(folder, dtype=torch.float32)(tokens() % 20)[0], model(tokens() % 20)[0], 0.1)
+    pretrained.save(model, folder)
+    assert torch.equal(pretrained.load(folder)(tokens() % 20)[0], model(tokens() % 20)[0])
 
 
 def test_a_state_of_another_model_is_refused(folder):

@@ -153,6 +153,7 @@ def write(folder: Path, config: Mapping[str, Any], rules: Iterable[Rule], own: M
     part = folder / f"{WEIGHTS}.part"
     save_file(theirs, part, metadata={"format": "pt"})
     os.replace(part, folder / WEIGHTS)
+    (folder / INDEX).unlink(missing_ok=True)  # of a checkpoint in several files, which this one replaces
     part = folder / f"{CONFIG}.part"
     part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(part, folder / CONFIG)
