@@ -81,8 +81,8 @@ def test_the_state_of_another_model_is_refused(tmp_path):
     one.check_state(one.initial_state(2), 2)
     for other, batch, match in (
         (model(dim=32), 2, "another width or batch"),
-        (model("2*gated-deltanet"), 2, "another layer"),
-        (model("gated-deltanet"), 2, "another layer"),
+        (model("2*gated-deltanet"), 2, "another (layer|model)"),
+        (model("gated-deltanet"), 2, "another (layer|model)"),
         (model(), 3, "another width or batch"),
     ):
         with pytest.raises(StateError, match=match):
@@ -94,3 +94,33 @@ def test_the_state_of_another_model_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StateError, match="damaged"):
         states.load(path)
+
+
+def test_a_state_that_grew_is_still_its_own():
+    model = LanguageModel("softmax", dim=16)
+    state = model(torch.randint(256, (2, 70)))[1]
+    model.check_state(state, 2)
+    with pytest.raises(StateError):
+        model.check_state(state, 3)
+
+
+def test_layers_know_their_depth():
+    first, second = LanguageModel("2*lightning-attention-tnl", dim=16).memories
+    assert not torch.equal(first.slopes, second.slopes)
+
+
+def test_layers_of_one_stack_share_a_context():
+    torch.manual_seed(0)
+    model = LanguageModel("2*rwkv7", dim=128, ngrams=()).double()
+    torch.nn.init.normal_(model.head.weight)
+    for memory in model.memories:
+        for p in memory.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    tokens = torch.randint(256, (1, 9))
+    whole, _ = model(tokens)
+    first, state = model(tokens[:, :4])
+    rest, _ = model(tokens[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole)
+    for block in model.blocks:
+        block.shares = False
+    assert not torch.allclose(model(tokens)[0], whole)

@@ -10,7 +10,7 @@ import torch
 
 from remanence import ops
 from remanence.memory import make
-from remanence.ops.taps import ROLES, Call, install, tap
+from remanence.ops.taps import ROLES, Call, tap
 
 
 def x(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,9 +98,7 @@ def attention() -> dict[str, torch.Tensor]:
 
 
 def op(name: str):
-    install()
     module = importlib.import_module(f"remanence.ops.{name.replace('gated_delta_rule', 'delta')}")
-    install()
     return getattr(module, name)
 
 

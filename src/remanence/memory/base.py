@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,10 @@ class Memory(nn.Module):
         check_state(name, state, fresh)
         return state
 
+    def level(self, states: Sequence[State]) -> Sequence[State]:
+        """Several states in one form, as `concat` needs them: a memory that grows fills up the shorter ones."""
+        return states
+
 
 def ragged(memory: Memory, x: Tensor, lengths: list[int], state: State | None = None) -> tuple[Tensor, State]:
     """Run a memory over right-padded rows: padding leaves the state as it was, and reads as zeros.
@@ -61,4 +67,4 @@ def ragged(memory: Memory, x: Tensor, lengths: list[int], state: State | None = 
         y = y.index_put((torch.tensor(rows)[:, None], torch.arange(n)[None]), out)
         pieces.append(after)
         order += rows
-    return y, select(concat(pieces), torch.tensor(order).argsort())
+    return y, select(concat(memory.level(pieces)), torch.tensor(order).argsort())

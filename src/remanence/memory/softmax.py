@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,6 +112,10 @@ class SoftmaxAttention(SoftmaxWeights):
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """What attention found, projected to `dim`. Shapes: [batch, time, heads·head_dim], x as in `forward`."""
         return self.out(y)
+
+    def level(self, states: Sequence[State]) -> Sequence[State]:
+        most = max(s["keys"].shape[2] for s in states)
+        return [with_room(s, most) for s in states]
 
 
 def with_room(state: State, room: int) -> State:

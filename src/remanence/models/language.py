@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from remanence import catalogue
 from remanence.errors import StateError
 from remanence.memory import make
 from remanence.memory.base import Memory
@@ -36,6 +38,12 @@ def parse_pattern(pattern: str) -> list[str]:
     return layers
 
 
+def depth(name: str, layer: int, layers: int) -> dict[str, int]:
+    """The arguments that tell a memory its place in the stack, if it wants to know."""
+    asked = inspect.signature(catalogue.find(name, "memory").make).parameters
+    return {"layer": layer, "layers": layers} if {"layer", "layers"} <= asked.keys() else {}
+
+
 class ChannelMixer(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202): W_o(SiLU(W_g x) ⊙ W_i x). Shapes: [..., dim] to [..., dim]."""
 
@@ -59,8 +67,12 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(memory.dim)
         self.mixer = ChannelMixer(memory.dim, hidden)
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.memory(self.memory_norm(x), state)
+        self.shares = "context" in inspect.signature(memory.forward).parameters
+
+    def forward(self, x: Tensor, state: State, context: dict[str, Tensor]) -> tuple[Tensor, State]:
+        """`context` is what the layers of one stack tell each other about these tokens (RWKV-7's first values)."""
+        x_in = self.memory_norm(x)
+        y, state = self.memory(x_in, state, context) if self.shares else self.memory(x_in, state)
         x = x + y
         return x + self.mixer(self.mixer_norm(x)), state
 
@@ -98,7 +110,8 @@ class LanguageModel(nn.Module):
         given = arguments or {}
         self.embedding = nn.Embedding(vocabulary + 1, dim)
         self.hashed = nn.ModuleList(nn.Embedding(ngram_rows, dim) for _ in self.ngrams)
-        memories = [make(name, dim, **given.get(name, {})) for name in parse_pattern(pattern)]
+        names = parse_pattern(pattern)
+        memories = [make(n, dim, **{**depth(n, i, len(names)), **given.get(n, {})}) for i, n in enumerate(names)]
         self.blocks = nn.ModuleList(Block(memory, int(dim * expand)) for memory in memories)
         self.norm = RMSNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
@@ -125,14 +138,23 @@ class LanguageModel(nn.Module):
         """Raise `StateError` unless `state` belongs to this model and has `batch` rows."""
         if set(state) != {"recent", "layers"}:
             raise StateError(f"LanguageModel: this state belongs to another model: it holds {sorted(state)}.")
-        check_state("LanguageModel", state, self.initial_state(batch))
+        recent = self.initial_state(batch)["recent"]
+        check_state("LanguageModel", {"recent": state["recent"]}, {"recent": recent})
+        if state["layers"].keys() != (known := {str(i) for i in range(len(self.blocks))}):
+            layers = len(state["layers"])
+            raise StateError(
+                f"LanguageModel: this state belongs to another model: of {layers} layers, not {len(known)}."
+            )
+        for i, memory in enumerate(self.memories):
+            memory.begin(self.head.weight.new_zeros(batch, 0, self.dim), state["layers"][str(i)])
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = state if state is not None else self.initial_state(tokens.shape[0])
         x, recent = self._embed(tokens, state["recent"])
         layers: State = {}
+        context: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            x, layers[str(i)] = block(x, state["layers"][str(i)])
+            x, layers[str(i)] = block(x, state["layers"][str(i)], context)
         return self.head(self.norm(x)), {"recent": recent, "layers": layers}
 
     def _embed(self, tokens: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -33,6 +34,7 @@ def chunk_attention_reference(
     return (torch.stack(y, 1).to(value.dtype) if y else value), {"k": k, "v": v, "position": position}
 
 
+@tapped
 def chunk_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:

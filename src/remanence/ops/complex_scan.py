@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -23,6 +24,7 @@ def complex_scan_reference(a: Tensor, b: Tensor, state: State | None = None) -> 
     return (torch.stack(out, 1) if out else b), {"h": torch.view_as_real(h) if h.is_complex() else h}
 
 
+@tapped
 def complex_scan(a: Tensor, b: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """h_t = a_t ⊙ h_{t−1} + b_t for every feature by itself, with coefficients that may turn or change sign.
 
@@ -119,6 +121,7 @@ def diagonal_ssm_reference(u: Tensor, a: Tensor, read: Tensor, state: State | No
     return (torch.stack(y, 1).to(u.dtype) if y else u), {"h": torch.view_as_real(h)}
 
 
+@tapped
 def diagonal_ssm(
     u: Tensor, a: Tensor, read: Tensor, state: State | None = None, *, chunk_size: int = 64
 ) -> tuple[Tensor, State]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -28,6 +29,7 @@ def causal_conv_reference(
     return (torch.stack(y, 1).to(x.dtype) if y else x), {"tail": tail}
 
 
+@tapped
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, state: State | None = None, *, silu: bool = False
 ) -> tuple[Tensor, State]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -35,6 +36,7 @@ def gated_delta_rule_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"S": S}
 
 
+@tapped
 def gated_delta_rule(
     query: Tensor,
     key: Tensor,

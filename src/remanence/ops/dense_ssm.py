@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 CHUNK = 64
@@ -26,6 +27,7 @@ def dense_ssm_reference(
     return (torch.stack(y, 1) if y else u.to(h.dtype)[..., None] * read.sum(-1)), {"h": h}
 
 
+@tapped
 def dense_ssm(
     u: Tensor, transition: Tensor, write: Tensor, read: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:

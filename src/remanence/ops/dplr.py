@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import expect
 from remanence.ops.decay import cumulative, floored, recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 REMEMBERED = 32
@@ -40,6 +41,7 @@ def dplr_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"S": S}
 
 
+@tapped
 def dplr(
     query: Tensor,
     key: Tensor,

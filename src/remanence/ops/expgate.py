@@ -8,6 +8,7 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype
 from remanence.ops.linear_attention import linear_attention
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 EMPTY = -1e30
@@ -44,6 +45,7 @@ def expgate_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"C": C, "n": n, "m": m}
 
 
+@tapped
 def expgate(
     query: Tensor,
     key: Tensor,

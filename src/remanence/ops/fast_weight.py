@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError, expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State, concat, select
 
 Weights = list[Tensor]
@@ -208,6 +209,7 @@ def fast_weight_reference(
     return torch.cat(y, 2), _pack(anchor, W, S, pos)
 
 
+@tapped
 def fast_weight(
     query: Tensor,
     key: Tensor,

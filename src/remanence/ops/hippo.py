@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 CHUNK = 64
@@ -51,6 +52,7 @@ def legs_reference(f: Tensor, order: int, state: State | None = None) -> tuple[T
     }
 
 
+@tapped
 def legs(f: Tensor, order: int, state: State | None = None) -> tuple[Tensor, State]:
     """Coefficients of the best polynomial fit to all of f_1..f_t, for every t (HiPPO-LegS), without any error of steps.
 

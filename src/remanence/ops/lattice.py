@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 REMEMBERED = 32
@@ -46,6 +47,7 @@ def lattice_reference(
     return (torch.stack(read, 2) if read else empty).to(query.dtype), {"S": S}
 
 
+@tapped
 def lattice(
     query: Tensor,
     code: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -31,6 +32,7 @@ def linear_attention_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"S": S}
 
 
+@tapped
 def linear_attention(
     query: Tensor,
     key: Tensor,

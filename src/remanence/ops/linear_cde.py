@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -23,6 +24,7 @@ def linear_cde_reference(
     return (torch.stack(out, 1) if out else h[:, None][:, :0]), {"h": h}
 
 
+@tapped
 def linear_cde(
     dX: Tensor, A: Tensor, B: Tensor | None = None, state: State | None = None, *, chunk_size: int = 64
 ) -> tuple[Tensor, State]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 FEW = 4
@@ -24,6 +25,7 @@ def long_conv_reference(x: Tensor, kernel: Tensor, state: State | None = None) -
     return (torch.stack(y, 1).to(x.dtype) if y else _nothing(x, kernel)), {"tail": tail}
 
 
+@tapped
 def long_conv(x: Tensor, kernel: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """y_t = Σ_{l<L} kernel_l x_{t−l}, by transforms of overlapping blocks; the state is the last L − 1 inputs.
 

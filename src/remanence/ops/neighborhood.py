@@ -11,6 +11,7 @@ from torch import Tensor
 
 from remanence.errors import ShapeError
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 
 TILE = {1: 64, 2: 8, 3: 4}
 """Queries per axis that share one gathered window of keys."""
@@ -54,6 +55,7 @@ def neighborhood_attention_reference(
     return (scores.softmax(-1) @ v).view(value.shape).to(value.dtype)
 
 
+@tapped
 def neighborhood_attention(
     query: Tensor,
     key: Tensor,

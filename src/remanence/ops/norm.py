@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 
 ROWS = 256
 """Vectors that a thread takes at once."""
@@ -25,6 +26,7 @@ def normalise_reference(
     return y if gate is None else y * F.silu(gate)
 
 
+@tapped
 def normalise(
     x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None, *, eps: float = 1e-6, mean: bool = True
 ) -> Tensor:

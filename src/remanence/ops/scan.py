@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -24,6 +25,7 @@ def scan_reference(log_decay: Tensor, b: Tensor, state: State | None = None) -> 
     return (torch.stack(out, 1) if out else b.to(dtype)), {"h": h}
 
 
+@tapped
 def scan(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """h_t = exp(g_t) ⊙ h_{t−1} + b_t for every feature by itself.
 

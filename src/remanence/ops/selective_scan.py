@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from remanence.errors import expect
 from remanence.ops.complex_scan import by_doubling
 from remanence.ops.decay import floored, recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 KEPT = 16
@@ -34,6 +35,7 @@ def selective_scan_reference(
     return (torch.stack(y, 1).to(x.dtype) if y else x), {"h": h}
 
 
+@tapped
 def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor, state: State | None = None
 ) -> tuple[Tensor, State]:

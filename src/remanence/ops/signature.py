@@ -7,6 +7,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -20,6 +21,7 @@ def signature_reference(dX: Tensor, depth: int, state: State | None = None) -> t
     return (torch.stack(out, 1) if out else S[:, None][:, :0]), {"S": S}
 
 
+@tapped
 def signature(dX: Tensor, depth: int, state: State | None = None, *, chunk_size: int = 64) -> tuple[Tensor, State]:
     """Signatures of all prefixes of the piecewise straight path with increments `dX`.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
 from remanence.ops.linear_attention import linear_attention
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -28,6 +29,7 @@ def slots_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"K": keys, "V": values}
 
 
+@tapped
 def slots(
     query: Tensor,
     key: Tensor,

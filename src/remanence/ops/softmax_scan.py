@@ -10,6 +10,7 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.expgate import EMPTY
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 
@@ -35,6 +36,7 @@ def softmax_scan_reference(
     return (torch.stack(y, 1).to(value.dtype) if y else value), {"w": w, "u": u, "m": m}
 
 
+@tapped
 def softmax_scan(
     score: Tensor,
     value: Tensor,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,7 +95,6 @@ def tap(handler: Handler) -> Iterator[None]:
 
     The innermost handler comes first; what it runs, and ops that it calls itself, go through the outer ones.
     """
-    install()
     token = _handlers.set((*_handlers.get(), handler))
     try:
         yield
@@ -128,24 +126,4 @@ def tapped(op: F) -> F:
         bound.apply_defaults()
         return through(handlers, dict(bound.arguments))
 
-    call.open_to_taps = True  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
-
-
-def install() -> None:
-    """Open every op of the package wherever it has been imported: an op is what has its `_reference` beside it."""
-    global _opened
-    if _opened == len(sys.modules):
-        return
-    package = [m for name, m in list(sys.modules.items()) if name.startswith("remanence.")]
-    homes = [m for m in package if m.__name__.startswith("remanence.ops.")]
-    ops = [f for m in homes for name, f in vars(m).items() if f"{name}_reference" in vars(m)]
-    replaced = {id(op): tapped(op) for op in ops if not hasattr(op, "open_to_taps")}
-    for module in package:
-        for name, value in list(vars(module).items()):
-            if id(value) in replaced:
-                setattr(module, name, replaced[id(value)])
-    _opened = len(sys.modules)
-
-
-_opened = 0

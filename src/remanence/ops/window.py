@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.taps import tapped
 from remanence.state import State
 
 Prefix = tuple[Tensor, Tensor]
@@ -48,6 +49,7 @@ def window_attention_reference(
     return torch.stack(y, 2).to(value.dtype), torch.stack(logsumexp, 2), after
 
 
+@tapped
 def window_attention(
     query: Tensor,
     key: Tensor,
