@@ -69,7 +69,7 @@ class Block(nn.Module):
 
         self.shares = "context" in inspect.signature(memory.forward).parameters
 
-    def forward(self, x: Tensor, state: State, context: dict[str, Tensor]) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State, context: dict[str, Tensor] | None = None) -> tuple[Tensor, State]:
         """`context` is what the layers of one stack tell each other about these tokens (RWKV-7's first values)."""
         x_in = self.memory_norm(x)
         y, state = self.memory(x_in, state, context) if self.shares else self.memory(x_in, state)
