@@ -31,7 +31,7 @@ def close(a, b):
 def grads(y, state, leaves):
     ends = (y, *state.values())
     loss = sum((t * draw(*t.shape, seed=20 + i)).sum() for i, t in enumerate(ends))
-    return torch.autograd.grad(loss, leaves)
+    return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 @pytest.mark.parametrize("steps", [30, None])
