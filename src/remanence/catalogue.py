@@ -175,3 +175,22 @@ def find(id: str, kind: str) -> Card:
     if id not in known:
         raise unknown(kind, id, known)
     return known[id]
+
+
+def tally() -> str:
+    """How many published systems work, in a sentence."""
+    published = [s.id for s in systems().values() if s.kind != "baseline"]
+    working = {c.system.id for c in cards().values()} & proofs().keys() & set(published)
+    return f"{len(working)} of {len(published)} published systems work, each with a proof; the rest are to come."
+
+
+def page() -> str:
+    """All members by kind, as Markdown."""
+    lines = ["# Catalogue", "", "What `remanence systems --markdown` prints.", "", tally(), ""]
+    for kind in sorted({c.kind for c in cards().values()}):
+        lines += [f"## {kind.capitalize()}", "", "| id | what it is | source |", "|---|---|---|"]
+        for c in cards(kind).values():
+            lines.append(f"| `{c.id}` | {c.says} | {c.system.title} ({c.system.year}), {c.source} |")
+        lines.append("")
+    to_come = sorted(s.id for s in systems().values() if s.kind != "baseline" and s.id not in proofs())
+    return "\n".join([*lines, "## To come", "", ", ".join(f"`{i}`" for i in to_come) or "Nothing."])

@@ -179,6 +179,7 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a run.")
 def systems(
     kind: Annotated[str | None, typer.Option(help="Only members of one kind: memory, strategy, ...")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="The linear recurrences by descent, with their cost.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page: docs/catalogue.md is one.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The catalogue: what works, and what is still to come.
@@ -198,14 +199,15 @@ def systems(
     if kind is not None and kind not in (kinds := {c.kind for c in cards.values()}):
         raise RemanenceError(f"There is no kind {kind!r}; known: {', '.join(sorted(kinds))}.")
     shown = [c for c in cards.values() if kind in (None, c.kind)]
-    working = {c.system.id for c in cards.values() if c.system.kind != "baseline"} & set(proofs)
-    published = [s for s in table.values() if s.kind != "baseline"]
     if as_json:
         by_system = {c.system.id: c for c in cards.values()}
         for system in table.values():
             works = system.id in by_system and system.id in proofs
             entry = {"id": system.id, "title": system.title, "year": system.year, "family": system.family}
             typer.echo(json.dumps(entry | {"kind": system.kind, "works": works}))
+        return
+    if markdown:
+        typer.echo(catalogue.page())
         return
     longest, wide = max(len(c.id) for c in shown), console.width >= 140
     for name in sorted({c.kind for c in shown}):
@@ -221,9 +223,7 @@ def systems(
             out.add_row(c.id, c.says, *paper, c.system.year, "yes" if c.system.id in proofs else "no")
         console.print(out)
         console.print()
-    console.print(
-        f"{len(working)} of {len(published)} published systems work, each with a proof; the rest are to come."
-    )
+    console.print(catalogue.tally())
 
 
 @app.command()
