@@ -1,10 +1,10 @@
 r"""The anchored fast-weight memory: a small network that learns by gradient descent while it is read.
 
-The memory is a multi-layer perceptron without biases, $f(W, x) = [x +]\; W_L\,\sigma(\cdots\sigma(W_1 x))$ with
-$\sigma$ = GELU. Every token steps down the gradient of its error, taken at the *anchor* $W_\xi$: the weights as
-they were when the token's chunk began. Per row and head:
+The memory is a multi-layer perceptron without biases, $f(W, x) = [x +]\; [\mathrm{LN}]\, W_L\,\sigma(\cdots
+\sigma(W_1 x))$ with $\sigma$ = GELU. Every token steps down the gradient of its loss, taken at the *anchor* $W_\xi$:
+the weights as they were when the token's chunk began. Per row and head:
 
-$$u_t = \nabla_W \tfrac12\lVert f(W_\xi, k_t) - v_t\rVert^2,\quad
+$$u_t = \nabla_W \ell(f(W_\xi, k_t), v_t),\quad
   S_t = \eta_t S_{t-1} - \theta_t u_t,\quad W_t = a_t W_{t-1} + S_t,\quad y_t = f(W_t, q_t).$$
 
 Chunks are counted from the stream's first token, never from the call, so any cut gives the same result; the chunk
@@ -14,11 +14,18 @@ Because the gradients of a chunk share their anchor, what remains is linear in $
 $W_t = A_t W + F_t S - \sum_{i\le t} K_{ti} u_i$. And because each $u_i$ is an outer product $\delta_i x_i^\top$ in
 every layer, $W_t z = A_t W z + F_t S z - \sum_{i\le t} K_{ti} (x_i\cdot z)\,\delta_i$ needs no weights per token.
 
-Sources: Titans, arXiv:2501.00663; the dual form from Learning to (Learn at Test Time), arXiv:2407.04620.
+Whatever else a rule may be is an argument: the loss (`ops.objectives`), a window of tokens whose losses are summed (K
+times a band), a second momentum (one more product in K), a nonlinear retention (`ops.retention`), steps that are
+orthogonalised, and when the memory is read. The last two kinds of rule are not linear in the gradients: they make the
+weights of each token, a chunk at a time, and make them again for the gradient rather than keep them.
+
+Sources: Titans, arXiv:2501.00663; the dual form from Learning to (Learn at Test Time), arXiv:2407.04620; the objectives
+and retentions from Miras, arXiv:2504.13173; the window and the orthogonal step from ATLAS, arXiv:2505.23735.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -26,13 +33,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import ShapeError, StateError, expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype
+from remanence.ops.newton_schulz import newton_schulz
+from remanence.ops.objectives import Objective, Squared
+from remanence.ops.retention import Retention
 from remanence.ops.taps import tapped
 from remanence.state import State, concat, select
 
 Weights = list[Tensor]
+Affine = tuple[Tensor, Tensor]
+READS = ("after", "before", "anchor")
+
+
+class Second(NamedTuple):
+    """What momentum of the second order adds: S² sums S¹, and W sums S².
+
+    `push` [B, H, C]: the earlier S² in W_t. `tail` [B, H, C]: −u_i in the last S². `keep` and `mix` [B, H]: the earlier
+    S² and S¹ in the last S².
+    """
+
+    push: Tensor
+    tail: Tensor
+    keep: Tensor
+    mix: Tensor
 
 
 class Coefficients(NamedTuple):
@@ -48,17 +74,34 @@ class Coefficients(NamedTuple):
     push: Tensor | None = None
     tail: Tensor | None = None
     keep: Tensor | None = None
+    second: Second | None = None
 
 
-def momentum_coefficients(step: Tensor, retain_log: Tensor, momentum_log: Tensor | None) -> Coefficients:
-    """K = D(a) D(η) diag(θ), F = D(a) E; with no momentum K = D(a) diag(θ). All arguments are [B, H, C]."""
+def momentum_coefficients(
+    step: Tensor, retain_log: Tensor, momentum_log: Tensor | None, second_log: Tensor | None = None
+) -> Coefficients:
+    """K = D(a) D(η) diag(θ), F = D(a) E; with no momentum K = D(a) diag(θ); with a second, one more D.
+
+    All arguments are [B, H, C].
+    """
     G = cumulative(retain_log, -1)
     decay, retain = lower_decay(G, step.dtype), G.exp().to(step.dtype)
     if momentum_log is None:
         return Coefficients(decay * step[..., None, :], retain)
     E = cumulative(momentum_log, -1)
     kept, pushes = E.exp().to(step.dtype), lower_decay(E, step.dtype) * step[..., None, :]
-    return Coefficients(decay @ pushes, retain, (decay @ kept[..., None])[..., 0], pushes[..., -1, :], kept[..., -1])
+    tail, second = pushes[..., -1, :], None
+    if second_log is not None:
+        E2 = cumulative(second_log, -1)
+        D2, kept2 = lower_decay(E2, step.dtype), E2.exp().to(step.dtype)
+        pushes, mixed = D2 @ pushes, _times(D2, kept)
+        second = Second(_times(decay, kept2), pushes[..., -1, :], kept2[..., -1], mixed[..., -1])
+        return Coefficients(decay @ pushes, retain, _times(decay, mixed), tail, kept[..., -1], second)
+    return Coefficients(decay @ pushes, retain, _times(decay, kept), tail, kept[..., -1])
+
+
+def _times(M: Tensor, x: Tensor) -> Tensor:
+    return (M @ x[..., None])[..., 0]
 
 
 class _GeluSlope(torch.autograd.Function):
@@ -79,27 +122,104 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return torch.special.ndtr(x) + x * (x.square() * -0.5).exp() / math.sqrt(2 * math.pi)
 
 
-def fast_weight_read(query: Tensor, weights: Sequence[Tensor], *, residual: bool = False) -> Tensor:
-    """f(W, q) with the same weights for every query. query [B, H, T, K], weights [B, H, out, in] by layer."""
-    z = query
-    for depth, W in enumerate(weights):
-        z = (F.gelu(z) if depth else z) @ W.mT
+def _network(
+    query: Tensor,
+    linear: Callable[[int, Tensor], Tensor],
+    layers: int,
+    residual: bool,
+    gated: bool,
+    norm: Affine | None,
+) -> Tensor:
+    """f, given what each layer does to its input."""
+    if gated:
+        z = linear(2, F.gelu(linear(0, query)) * linear(1, query))
+    else:
+        z = query
+        for i in range(layers):
+            z = linear(i, F.gelu(z) if i else z)
+    if norm is not None:
+        z = _standard(z)[0] * norm[0][:, None] + norm[1][:, None]
     return query + z if residual else z
 
 
-def inner_gradient(key: Tensor, value: Tensor, anchor: Weights, residual: bool) -> tuple[Weights, Weights]:
+def _standard(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z with mean 0 and variance 1, and one over its deviation."""
+    z = z - z.mean(-1, keepdim=True)
+    scale = (z.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return z * scale, scale
+
+
+def fast_weight_read(
+    query: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    residual: bool = False,
+    gated: bool = False,
+    norm: Affine | None = None,
+) -> Tensor:
+    """f(W, q) with the same weights for every query. query [B, H, T, K], weights [B, H, out, in] by layer."""
+    return _network(query, lambda i, z: z @ weights[i].mT, len(weights), residual, gated, norm)
+
+
+def inner_gradient(
+    key: Tensor,
+    value: Tensor,
+    anchor: Weights,
+    residual: bool,
+    *,
+    gated: bool = False,
+    norm: Affine | None = None,
+    objective: Objective = Squared(),
+    threshold: Tensor | None = None,
+) -> tuple[Weights, Weights]:
     """The gradient δ_i x_iᵀ of every token in every layer, as the layers' inputs x and output gradients δ."""
+    return _inner(key, value, anchor, residual, gated, norm, objective, threshold)[:2]
+
+
+def _inner(
+    key: Tensor,
+    value: Tensor,
+    anchor: Weights,
+    residual: bool,
+    gated: bool,
+    norm: Affine | None,
+    objective: Objective,
+    threshold: Tensor | None,
+) -> tuple[Weights, Weights, Tensor]:
+    """`inner_gradient`, and how far each error points along its slope, ⟨e, ∂ℓ/∂f⟩."""
     x, inputs, slopes = key, [key], []
-    for W in anchor[:-1]:
-        h = x @ W.mT
-        x = F.gelu(h)
-        inputs.append(x)
-        slopes.append(_GeluSlope.apply(h))
-    error = x @ anchor[-1].mT - (value - key if residual else value)
-    deltas = [error]
+    if gated:
+        h, up = key @ anchor[0].mT, key @ anchor[1].mT
+        gate, slope = F.gelu(h), _GeluSlope.apply(h)
+        x = gate * up
+        inputs += [key, x]
+    else:
+        for W in anchor[:-1]:
+            h = x @ W.mT
+            x = F.gelu(h)
+            inputs.append(x)
+            slopes.append(_GeluSlope.apply(h))
+    z = x @ anchor[-1].mT
+    target = value - key if residual else value
+    if norm is None:
+        delta = objective.slope(z, target, threshold)
+        along = (delta * (z - target)).sum(-1)
+    else:
+        standard, scale = _standard(z)
+        gamma = norm[0][:, None]
+        y = standard * gamma + norm[1][:, None]
+        delta = objective.slope(y, target, threshold)
+        along = (delta * (y - target)).sum(-1)
+        delta = delta * gamma
+        delta = delta - delta.mean(-1, keepdim=True) - standard * (standard * delta).mean(-1, keepdim=True)
+        delta = delta * scale
+    deltas = [delta]
+    if gated:
+        back = delta @ anchor[2]
+        return inputs, [back * up * slope, back * gate, delta], along
     for W, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
         deltas.append(deltas[-1] @ W * slope)
-    return inputs, deltas[::-1]
+    return inputs, deltas[::-1], along
 
 
 def _scaled(z: Tensor, W: Tensor, rows: Tensor) -> Tensor:
@@ -123,45 +243,155 @@ def fast_weight_chunk(
     c: Coefficients,
     *,
     residual: bool = False,
+    gated: bool = False,
+    norm: Affine | None = None,
+    reads: Coefficients | None = None,
+    factors: Weights | None = None,
 ) -> tuple[Tensor, Weights, Weights | None]:
     """Tokens that share an anchor, all at once, under any objective and any rule that `Coefficients` can say.
 
-    Shapes: query [B, H, C, K]; by layer: inputs x [B, H, C, in] and deltas δ [B, H, C, out] (the token's gradient is
-    δ xᵀ), weights and momentum [B, H, out, in]. Returns what the queries read after their own token was written, and
-    the weights and momentum after the last token.
+    Shapes: query [B, H, C, K]; by layer: inputs x [B, H, C', in] and deltas δ [B, H, C', out] (the token's gradient is
+    δ xᵀ), weights [B, H, out, in]; momentum likewise, with a second order its layers after those of the first. `reads`
+    are the coefficients of what each query sees where these are not c; `factors` scale what a layer's weights are
+    read as. Returns what the queries read, and the weights and momentum after the last token.
     """
-    z, after, pushed = query, [], []
-    for depth, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
-        z = F.gelu(z) if depth else z
-        read = _scaled(z, W.mT, c.retain) - (z @ x.mT * c.write) @ delta
+    layers = len(weights)
+    r = c if reads is None else reads
+
+    def linear(i: int, z: Tensor) -> Tensor:
+        y = _scaled(z, weights[i].mT, r.retain) - (z @ inputs[i].mT * r.write) @ deltas[i]
+        if momentum is not None and r.push is not None:
+            y = y + _scaled(z, momentum[i].mT, r.push)
+            if r.second is not None:
+                y = y + _scaled(z, momentum[layers + i].mT, r.second.push)
+        return y if factors is None else y * factors[i]
+
+    y = _network(query, linear, layers, residual, gated, norm)
+    return y, *_last(inputs, deltas, weights, momentum, c)
+
+
+def _last(
+    inputs: Weights, deltas: Weights, weights: Weights, momentum: Weights | None, c: Coefficients
+) -> tuple[Weights, Weights | None]:
+    """The weights and the momentum after a chunk's last token."""
+    after, pushed, pushed2 = [], [], []
+    for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
         last = c.retain[..., -1, None, None] * W - _outer(delta, x, c.write[..., -1, :])
         if momentum is not None:
             assert c.push is not None
             assert c.tail is not None
             assert c.keep is not None
-            S = momentum[depth]
-            read = read + _scaled(z, S.mT, c.push)
+            S = momentum[i]
             last = last + c.push[..., -1, None, None] * S
             pushed.append(c.keep[..., None, None] * S - _outer(delta, x, c.tail))
+            if c.second is not None:
+                S2, s = momentum[len(weights) + i], c.second
+                last = last + s.push[..., -1, None, None] * S2
+                S2 = s.keep[..., None, None] * S2 + s.mix[..., None, None] * S
+                pushed2.append(S2 - _outer(delta, x, s.tail))
         after.append(last)
-        z = read
-    return (query + z if residual else z), after, (None if momentum is None else pushed)
+    return after, (None if momentum is None else pushed + pushed2)
 
 
-def fast_weight_state(weights: Sequence[Tensor], batch: int, *, momentum: bool = True) -> State:
+def _shifted(c: Coefficients) -> Coefficients:
+    """What the weights before each token are made of: those after the one before it."""
+
+    def down(x: Tensor | None, first: float = 0.0) -> Tensor | None:
+        return None if x is None else F.pad(x[..., :-1], (1, 0), value=first)
+
+    second = None if c.second is None else c.second._replace(push=F.pad(c.second.push[..., :-1], (1, 0)))
+    retain = F.pad(c.retain[..., :-1], (1, 0), value=1.0)
+    return c._replace(write=F.pad(c.write[..., :-1, :], (0, 0, 1, 0)), retain=retain, push=down(c.push), second=second)
+
+
+def _every(
+    query: Tensor,
+    inputs: Weights,
+    deltas: Weights,
+    weights: Weights,
+    momentum: Weights | None,
+    gates: tuple[Tensor, Tensor, Tensor | None],
+    band: Tensor | None,
+    rule: Coefficients,
+    orthogonal: int,
+    link: Retention | None,
+    read: str,
+    residual: bool,
+    gated: bool,
+    norm: Affine | None,
+) -> tuple[Tensor, Weights, Weights | None]:
+    """As `fast_weight_chunk`, for rules that are not linear in the gradients: with the weights of every token."""
+    step, retain_log, momentum_log = gates
+    layers, every, pushed = len(weights), [], []
+    decay = lower_decay(cumulative(retain_log, -1), step.dtype)
+    for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
+        u = (delta[..., :, None] * x[..., None, :]).flatten(-2)
+        if orthogonal:
+            S = -u if band is None else -(band @ u)
+            if momentum is not None:
+                assert momentum_log is not None
+                E = cumulative(momentum_log, -1)
+                S = lower_decay(E, step.dtype) @ S
+                S = S + E.exp().to(step.dtype)[..., None] * momentum[i].flatten(-2)[..., None, :]
+                pushed.append(S[..., -1, :].unflatten(-1, W.shape[-2:]))
+            O = newton_schulz(S.unflatten(-1, W.shape[-2:]), orthogonal).flatten(-2)
+            moved = decay @ (step[..., None] * O)
+        else:
+            moved = -(rule.write @ u)
+            if momentum is not None and rule.push is not None:
+                moved = moved + rule.push[..., None] * momentum[i].flatten(-2)[..., None, :]
+                if rule.second is not None:
+                    moved = moved + rule.second.push[..., None] * momentum[layers + i].flatten(-2)[..., None, :]
+        A = (rule.retain[..., None] * W.flatten(-2)[..., None, :] + moved).unflatten(-1, W.shape[-2:])
+        every.append(A)
+    if not orthogonal:
+        pushed = _last(inputs, deltas, weights, momentum, rule)[1] or []
+
+    def linear(i: int, z: Tensor) -> Tensor:
+        A = every[i]
+        if read == "before":
+            A = torch.cat([weights[i][:, :, None], A[:, :, :-1]], 2)
+        A = A if link is None else link.link(A)
+        return (A @ z[..., None])[..., 0]
+
+    y = query if read == "anchor" else _network(query, linear, layers, residual, gated, norm)
+    return y, [A[:, :, -1] for A in every], (None if momentum is None else pushed)
+
+
+def fast_weight_state(
+    weights: Sequence[Tensor],
+    batch: int,
+    *,
+    momentum: bool | int = True,
+    window: int = 1,
+    thresholds: bool = False,
+    retention: Retention | None = None,
+) -> State:
     """The state before the first token: `batch` rows that all start from the same weights.
 
     Args:
-        weights: by layer [H, out, in]; they receive gradients through the state.
-        momentum: whether the rule has momentum (it doubles what must be carried).
+        weights: by layer [H, out, in]; they receive gradients through the state. A gated network, W_3(σ(W_1 x) ∘
+            W_2 x), has three.
+        momentum: its order, 0 to 2 (each order is one more tensor per layer); True is 1.
+        window: tokens whose losses a step sums; of the last `window` − 1 the keys and values are kept.
+        thresholds: whether those come with thresholds.
+        retention: what weights are of what is kept, if not the same; its `start` makes the latter.
 
-    Shapes: `anchor`, `weight`, `momentum` hold a tensor [B, H, out, in] per layer under "0", "1", ...; `pos` [B].
+    Shapes: `anchor`, `weight`, `momentum` (and `second`) hold a tensor [B, H, out, in] per layer under "0", "1", ...;
+    `window` {"key" [B, H, window − 1, K], "value" [B, H, window − 1, V]}, where window > 1; `pos` [B].
     """
     wide = [W.to(recurrent_dtype(W)) for W in weights]
+    wide = wide if retention is None else [retention.start(W) for W in wide]
     rows = {str(i): W.expand(batch, *W.shape) for i, W in enumerate(wide)}
     state: State = {"anchor": dict(rows), "weight": dict(rows)}
-    if momentum:
-        state["momentum"] = {name: torch.zeros_like(W) for name, W in rows.items()}
+    for name in ("momentum", "second")[: int(momentum)]:
+        state[name] = {i: torch.zeros_like(W) for i, W in rows.items()}
+    if window > 1:
+        shape = batch, wide[0].shape[0], window - 1
+        ends = {"key": wide[0].shape[2], "value": wide[-1].shape[1]}
+        state["window"] = {name: wide[0].new_zeros(*shape, width) for name, width in ends.items()}
+        if thresholds:
+            state["window"]["threshold"] = wide[0].new_zeros(shape)
     state["pos"] = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
     return state
 
@@ -175,38 +405,90 @@ def fast_weight_reference(
     *,
     retain_log: Tensor | None = None,
     momentum_log: Tensor | None = None,
+    second_log: Tensor | None = None,
+    threshold: Tensor | None = None,
+    window: Tensor | None = None,
     chunk_size: int = 64,
     residual: bool = False,
+    gated: bool = False,
+    norm: Affine | None = None,
+    objective: Objective = Squared(),
+    retention: Retention | None = None,
+    orthogonal: int = 0,
+    read: str = "after",
     bound: float | None = None,
 ) -> tuple[Tensor, State]:
     """The definition of `fast_weight`, token by token, its inner gradients taken by automatic differentiation."""
-    anchor, W, S, pos = state["anchor"], state["weight"], state.get("momentum"), state["pos"]
+    anchor, W, pos = state["anchor"], state["weight"], state["pos"]
+    S, S2 = state.get("momentum"), state.get("second")
+    past = {name: list(x.unbind(2)) for name, x in state.get("window", {}).items()}
+    look = functools.partial(fast_weight_read, residual=residual, gated=gated, norm=norm)
     a = (torch.zeros_like(step) if retain_log is None else floored(retain_log)).exp()
-    eta = None if momentum_log is None else floored(momentum_log).exp()
+    eta, eta2 = (None if g is None else floored(g).exp() for g in (momentum_log, second_log))
 
-    def loss(weights: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
-        return 0.5 * (fast_weight_read(k, list(weights.values()), residual=residual) - v).square().sum()
+    def weights(A: State, start: State) -> Weights:
+        if retention is None:
+            return list(A.values())
+        if retention.frozen:
+            return [A[i] * retention.factor(start[i]) for i in A]
+        return [retention.link(A[i]) for i in A]
+
+    def loss(kept: list[Tensor], k: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
+        y = look(k, kept)
+        return objective.loss(y - k if residual else y, v - k if residual else v, delta).sum()
 
     y = [value[:, :, :0]]
     for t in range(query.shape[2]):
         now = slice(t, t + 1)
-        k, v, theta = key[:, :, now], value[:, :, now], step[:, :, now]
-        gradient = torch.func.grad(loss)(anchor, k, v)
+        token = {"key": key[:, :, t], "value": value[:, :, t]}
+        if threshold is not None:
+            token["threshold"] = threshold[:, :, t]
+        past = {name: [*past.get(name, []), x] for name, x in token.items()}
+        fixed = weights(anchor, anchor)
+        u = [torch.zeros_like(w) for w in fixed]
+        size, along = torch.zeros_like(step[:, :, now]), torch.zeros_like(step[:, :, now])
+        for j in range(1 if window is None else window.shape[3]):
+            k, v = past["key"][-1 - j][:, :, None], past["value"][-1 - j][:, :, None]
+            delta = past["threshold"][-1 - j][:, :, None] if threshold is not None else None
+            much = torch.ones_like(size) if window is None else window[:, :, now, j]
+            real = (pos >= j)[:, None, None]
+            much = much * real
+            # where there was no token, any but zero: a norm has no second derivative there
+            k, v = (torch.where(real[..., None], x, fill) for x, fill in ((k, 1.0), (v, 9.0)))
+            part = torch.func.grad(loss)(fixed, k, v, delta)
+            u = [x + much[..., None] * new for x, new in zip(u, part, strict=True)]
+            out = look(k, fixed)
+            slope = objective.slope(out - k if residual else out, v - k if residual else v, delta)
+            size = (
+                size
+                + much * (torch.stack([_square(p.flatten(2)) for p in part], -1).sum(-1, keepdim=True) + 1e-24).sqrt()
+            )
+            along = along + much * (slope * (out - v)).sum(-1)
+        past = {name: x[len(x) - (0 if window is None else window.shape[3] - 1) :] for name, x in past.items()}
+        theta = step[:, :, now]
         if bound is not None:
-            error = _square(fast_weight_read(k, list(anchor.values()), residual=residual) - v)
-            squares = torch.stack([_square(u.flatten(2)) for u in gradient.values()], -1).sum(-1, keepdim=True)
-            log = None if eta is None else eta[:, :, now].log()
-            theta = _bounded(theta, squares, error, log, bound / chunk_size)
-        change = {i: -theta[..., None] * u for i, u in gradient.items()}
+            left = 1.0 if eta is None else 1 - eta[:, :, now]
+            left = left if eta2 is None else left * (1 - eta2[:, :, now])
+            theta = torch.minimum(theta, left * bound / chunk_size * along / (size.square() + 1e-12))
+        sign = torch.ones_like(theta) if orthogonal else theta
+        change = {i: -sign[..., None] * x for i, x in zip(W, u, strict=True)}
+        before = W
         if eta is not None:
             assert S is not None
-            change = S = {i: eta[:, :, now, None] * S[i] + u for i, u in change.items()}
-        W = {i: a[:, :, now, None] * W[i] + u for i, u in change.items()}
-        y.append(fast_weight_read(query[:, :, now], list(W.values()), residual=residual))
+            change = S = {i: eta[:, :, now, None] * S[i] + x for i, x in change.items()}
+        if eta2 is not None:
+            assert S2 is not None
+            change = S2 = {i: eta2[:, :, now, None] * S2[i] + x for i, x in change.items()}
+        if orthogonal:
+            change = {i: theta[..., None] * newton_schulz(x, orthogonal) for i, x in change.items()}
+        W = {i: a[:, :, now, None] * W[i] + x for i, x in change.items()}
+        seen = weights({"after": W, "before": before, "anchor": anchor}[read], anchor)
+        y.append(look(query[:, :, now], seen))
         pos = pos + 1
         closed = (pos % chunk_size == 0)[:, None, None, None]
         anchor = {i: torch.where(closed, W[i], anchor[i]) for i in W}
-    return torch.cat(y, 2), _pack(anchor, W, S, pos)
+    kept = {name: torch.stack(x, 2) for name, x in past.items() if x}
+    return torch.cat(y, 2), _pack(anchor, W, S, S2, kept or None, pos)
 
 
 @tapped
@@ -219,10 +501,19 @@ def fast_weight(
     *,
     retain_log: Tensor | None = None,
     momentum_log: Tensor | None = None,
+    second_log: Tensor | None = None,
+    threshold: Tensor | None = None,
+    window: Tensor | None = None,
     chunk_size: int = 64,
     residual: bool = False,
+    gated: bool = False,
+    norm: Affine | None = None,
+    objective: Objective = Squared(),
+    retention: Retention | None = None,
+    orthogonal: int = 0,
+    read: str = "after",
     bound: float | None = None,
-    coefficients: Callable[[Tensor, Tensor, Tensor | None], Coefficients] = momentum_coefficients,
+    coefficients: Callable[..., Coefficients] = momentum_coefficients,
 ) -> tuple[Tensor, State]:
     """A network memory over a sequence, a chunk at a time; equal to `fast_weight_reference`.
 
@@ -233,60 +524,154 @@ def fast_weight(
         state: from `fast_weight_state`, or as an earlier call returned it. Rows may stand at different positions.
         retain_log: log a [B, H, T] ≤ 0, clamped at −60; None forgets nothing.
         momentum_log: log η [B, H, T] ≤ 0, clamped at −60; None is plain gradient descent.
+        second_log: likewise of a second momentum, which sums the first: S²_t = η²_t S²_{t−1} + S_t, and W sums S².
+        threshold: [B, H, T], of objectives that have one (the Huber losses); None is the objective's own.
+        window: γ [B, H, T, c]: the loss of token t is the sum over j < c of γ_tj times that of the token j before it
+            (what lies before the stream's start counts nothing). None is the token's own loss.
         chunk_size: tokens per anchor; part of the definition.
         residual: add the query to what is read (and the key to what is predicted).
-        bound: keep every step at or below (1 − η) · bound / chunk_size · ‖e‖² / ‖u‖², where e is the token's error.
-            ‖e‖² / ‖u‖² is the step that would mend the error at once (Polyak's); with bound ≤ 1 a whole chunk of equal
-            tokens goes no further, where unbounded steps, which add up at one anchor, may diverge. None: θ as given.
-        coefficients: the rule inside a chunk, of (step, retain_log, momentum_log), each [B, H, C]; since a call may
-            cut a chunk, the rule must compose: two pieces in turn equal one.
+        gated: the network is W_3(σ(W_1 x) ∘ W_2 x).
+        norm: scale and shift [H, V] of a layer norm on the network's output, inside the residual.
+        objective: one of `ops.objectives`.
+        retention: one of `ops.retention`: what the weights are of what is summed; None is the same.
+        orthogonal: steps of a Newton–Schulz iteration that every layer's step is put through (S is then without θ,
+            W_t = a_t W_{t−1} + θ_t NS(S_t)); 0 is none.
+        read: "after" a token's write (W_t), "before" it (W_{t−1}), or the "anchor" W_ξ.
+        bound: keep every step at or below (1 − η) · bound / chunk_size · ⟨e, ∂ℓ/∂f⟩ / ‖u‖², where e is the token's
+            error: for the squared loss the step that would mend the error at once (Polyak's); with bound ≤ 1 a whole
+            chunk of equal tokens goes no further, where unbounded steps, which add up at one anchor, may diverge.
+            None: θ as given.
+        coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
+            a call may cut a chunk, the rule must compose: two pieces in turn equal one.
 
-    Returns: what each query reads after its token was written [B, H, T, V], and the state, of constant size.
-    Raises: `ShapeError` or `StateError` when the tensors and the state do not fit together.
+    Returns: what each query reads [B, H, T, V], and the state, of constant size.
+    Raises: `ShapeError` or `StateError` when the tensors and the state do not fit together; `ValueError` for what
+        cannot be combined.
     """
-    state = _check(query, key, value, step, state, retain_log, momentum_log, residual)
-    dtype = query.dtype
-    wide = recurrent_dtype(query)
-    retain_log = torch.zeros_like(step) if retain_log is None else retain_log
-    momentum_log = None if momentum_log is None else floored(momentum_log.to(wide))
-    inputs = [query.to(wide), key.to(wide), value.to(wide), step.to(wide), floored(retain_log.to(wide))]
-    inputs += [] if momentum_log is None else [momentum_log]
+    gates = {"step": step, "retain_log": retain_log, "momentum_log": momentum_log, "second_log": second_log}
+    _check(query, key, value, state, {**gates, "threshold": threshold}, window, residual)
+    _combine(len(state["weight"]), gated, orthogonal, second_log, bound, read)
+    dtype, wide = query.dtype, recurrent_dtype(query)
+    gates["retain_log"] = torch.zeros_like(step) if retain_log is None else retain_log
+    given = {"query": query, "key": key, "value": value, "threshold": threshold, "window": window, **gates}
+    inputs = {name: x.to(wide) for name, x in given.items() if x is not None}
+    inputs |= {name: floored(x) for name, x in inputs.items() if name.endswith("_log")}
+    norm = None if norm is None else (norm[0].to(wide), norm[1].to(wide))
+    reach = 0 if window is None else window.shape[3] - 1
+    orders = [name for name in ("momentum", "second") if name in state]
+    nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
+
+    def piece(
+        x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
+    ) -> tuple[Tensor, Weights, Weights | None]:
+        factors = None if retention is None or not retention.frozen else [retention.factor(A) for A in anchor]
+        fixed = anchor if retention is None else [retention.link(A) for A in anchor]
+        near, deltas, along = _inner(
+            seen["key"], seen["value"], fixed, residual, gated, norm, objective, seen.get("threshold")
+        )
+        band = None if window is None else _band(x["window"], pos)
+        theta, logs = x["step"], [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
+        if bound is not None:
+            squares = torch.stack([_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]).sum(0)
+            if band is not None:
+                # √ has no slope at 0, where a token before the stream's start, or one already known, has its ‖u‖
+                squares, along = _times(band, (squares + 1e-24).sqrt()).square(), _times(band, along)
+            theta = _bounded(theta, squares, along, logs[1], logs[2], bound / chunk_size)
+        c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
+        if band is not None:
+            c = _banded(c, band)
+        if nonlinear:
+            log, eta_log = logs[:2]
+            assert log is not None
+            y, W, S = _every(
+                x["query"], near, deltas, W, S, (theta, log, eta_log), band, c, orthogonal,
+                retention if factors is None else None, read, residual, gated, norm,
+            )  # fmt: skip
+        else:
+            reads = _shifted(c) if read == "before" else c
+            y, W, S = fast_weight_chunk(
+                x["query"], near, deltas, W, S, c, residual=residual, gated=gated, norm=norm, reads=reads,
+                factors=factors,
+            )  # fmt: skip
+        if read == "anchor":
+            y = fast_weight_read(x["query"], fixed, residual=residual, gated=gated, norm=norm)
+        return y, W, S
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
+        x = dict(zip(inputs, tensors, strict=True))
         anchor, W = list(state["anchor"].values()), list(state["weight"].values())
-        S = list(state["momentum"].values()) if momentum_log is not None else None
-        T, y = tensors[0].shape[2], []
-        sizes = piece_sizes(T, phase, chunk_size)
-        for piece in zip(*(x.split(sizes, 2) for x in tensors), strict=True):
-            q, k, v, *gates = piece
-            layer_inputs, deltas = inner_gradient(k, v, anchor, residual)
-            eta_log = gates[2] if S is not None else None
-            if bound is not None:
-                parts = [_square(x) * _square(d) for x, d in zip(layer_inputs, deltas, strict=True)]
-                squares = torch.stack(parts).sum(0)
-                gates[0] = _bounded(gates[0], squares, _square(deltas[-1]), eta_log, bound / chunk_size)
-            c = coefficients(gates[0], gates[1], eta_log)
-            out, W, S = fast_weight_chunk(q, layer_inputs, deltas, W, S, c, residual=residual)
-            phase = (phase + q.shape[2]) % chunk_size
+        S = [t for name in orders for t in state[name].values()] if orders else None
+        T, at, y = x["query"].shape[2], 0, []
+        past = state.get("window", {})
+        whole = {n: torch.cat([past[n], x[n]], 2) if n in past else x[n] for n in SEEN if n in x}
+        for n in piece_sizes(T, phase, chunk_size):
+            part = {name: t[:, :, at : at + n] for name, t in x.items()}
+            seen = {name: t[:, :, at : at + n + reach] for name, t in whole.items()}
+            arguments = (part, seen, state["pos"] + at, anchor, W, S)
+            if nonlinear and torch.is_grad_enabled():
+                out, W, S = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out, W, S = piece(*arguments)
+            phase, at = (phase + n) % chunk_size, at + n
             anchor = anchor if phase else W
             y.append(out)
-        named = [None if x is None else dict(zip(state["weight"], x, strict=True)) for x in (anchor, W, S)]
-        return torch.cat(y, 2), _pack(named[0], named[1], named[2], state["pos"] + T)
+
+        def named(x: Weights | None, part: int = 0) -> State:
+            assert x is not None
+            return dict(zip(state["weight"], x[part * len(W) : (part + 1) * len(W)], strict=True))
+
+        moved = [named(S, i) if i < len(orders) else None for i in range(2)]
+        kept = {name: t[:, :, t.shape[2] - reach :] for name, t in whole.items()} if reach else None
+        return torch.cat(y, 2), _pack(named(anchor), named(W), moved[0], moved[1], kept, state["pos"] + T)
 
     if query.shape[2] == 0:
         return value, state
-    y, state = by_phase(run, inputs, state, state["pos"], chunk_size)
+    y, state = by_phase(run, list(inputs.values()), state, state["pos"], chunk_size)
     return y.to(dtype), state
+
+
+SEEN = ("key", "value", "threshold")
+"""What a window keeps of its tokens."""
+
+
+def _band(gamma: Tensor, pos: Tensor) -> Tensor:
+    """Γ [B, H, n, n + c − 1] from γ [B, H, n, c]: row t has γ_tj in the column of the token j before it.
+
+    Columns before the stream's start are zero.
+    """
+    n, c = gamma.shape[2:]
+    rows = F.pad(gamma.flip(-1), (0, n)).flatten(2)[..., : n * (n + c - 1)].unflatten(2, (n, n + c - 1))
+    real = pos[:, None] + torch.arange(n + c - 1, device=pos.device) >= c - 1
+    return rows * real[:, None, None]
+
+
+def _banded(c: Coefficients, band: Tensor) -> Coefficients:
+    """The rule of tokens whose gradients are sums over a window."""
+
+    def through(row: Tensor) -> Tensor:
+        return (row[..., None, :] @ band)[..., 0, :]
+
+    tail = None if c.tail is None else through(c.tail)
+    second = None if c.second is None else c.second._replace(tail=through(c.second.tail))
+    return c._replace(write=c.write @ band, tail=tail, second=second)
 
 
 def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).square()  # one pass over x, where x² would be kept for the gradient
 
 
-def _bounded(step: Tensor, gradient: Tensor, error: Tensor, momentum_log: Tensor | None, share: float) -> Tensor:
-    """At most `share` of Polyak's step, from ‖u‖² and ‖e‖²; an error of zero takes none."""
-    left = 1.0 if momentum_log is None else -torch.expm1(momentum_log)
-    return torch.minimum(step, left * share * error / (gradient + 1e-12))
+def _bounded(
+    step: Tensor,
+    gradient: Tensor,
+    along: Tensor,
+    momentum_log: Tensor | None,
+    second_log: Tensor | None,
+    share: float,
+) -> Tensor:
+    """At most `share` of Polyak's step, from ‖u‖² and ⟨e, ∂ℓ/∂f⟩; an error of zero takes none."""
+    for log in (momentum_log, second_log):
+        along = along if log is None else -torch.expm1(log) * along
+    return torch.minimum(step, share * along / (gradient + 1e-12))
 
 
 def piece_sizes(length: int, phase: int, chunk_size: int) -> list[int]:
@@ -313,38 +698,67 @@ def by_phase(
     return torch.cat([y for y, _ in parts])[order], select(concat(s for _, s in parts), order)
 
 
-def _pack(anchor: State | None, weight: State | None, momentum: State | None, pos: Tensor) -> State:
-    parts = {"anchor": anchor, "weight": weight, "momentum": momentum, "pos": pos}
+def _pack(
+    anchor: State, weight: State, momentum: State | None, second: State | None, window: State | None, pos: Tensor
+) -> State:
+    parts = {"anchor": anchor, "weight": weight, "momentum": momentum, "second": second, "window": window, "pos": pos}
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def _combine(
+    layers: int, gated: bool, orthogonal: int, second_log: Tensor | None, bound: float | None, read: str
+) -> None:
+    if gated and layers != 3:
+        raise ValueError(f"fast_weight: a gated network has three matrices, got {layers}.")
+    if orthogonal and (second_log is not None or bound is not None):
+        raise ValueError(
+            "fast_weight: orthogonal steps take no second momentum (there is one rule for them) and no bound "
+            "(their size is θ)."
+        )
+    if read not in READS:
+        raise ValueError(f"fast_weight: read must be one of {', '.join(READS)}, got {read!r}.")
 
 
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    step: Tensor,
     state: State,
-    retain_log: Tensor | None,
-    momentum_log: Tensor | None,
+    gates: dict[str, Tensor | None],
+    window: Tensor | None,
     residual: bool,
-) -> State:
+) -> None:
     expect("fast_weight", "query", query, "batch heads time features")
     B, H, T, K = query.shape
     expect("fast_weight", "key", key, "batch heads time features", batch=B, heads=H, time=T, features=K)
     expect("fast_weight", "value", value, "batch heads time features", batch=B, heads=H, time=T)
-    gates = {"step": step, "retain_log": retain_log, "momentum_log": momentum_log}
     for name, gate in gates.items():
         if gate is not None:
             expect("fast_weight", name, gate, "batch heads time", batch=B, heads=H, time=T)
+    if window is not None:
+        expect("fast_weight", "window", window, "batch heads time tokens", batch=B, heads=H, time=T)
     if residual and value.shape[3] != K:
         raise ShapeError(f"fast_weight: residual needs values of the queries' {K} features, got {value.shape[3]}.")
-    if ("momentum" in state) != (momentum_log is not None):
-        has = "has" if "momentum" in state else "has no"
-        raise StateError(f"fast_weight: the state {has} momentum; fast_weight_state(momentum=...) must match the call.")
+    for name in ("momentum", "second"):
+        if (name in state) != (gates[f"{name}_log"] is not None):
+            has = "has" if name in state else "has no"
+            said = "momentum" if name == "momentum" else "second momentum"
+            raise StateError(
+                f"fast_weight: the state {has} {said}; fast_weight_state(momentum=...) must match the call."
+            )
+    kept = 1 if "window" not in state else state["window"]["key"].shape[2] + 1
+    if kept != (1 if window is None else window.shape[3]):
+        raise StateError(
+            f"fast_weight: the state is for a window of {kept} tokens; fast_weight_state(window=...) tells."
+        )
     layers = list(state["weight"].values())
-    widths = [K] + [W.shape[2] for W in layers]
-    for i, W in enumerate(layers):
-        expect("fast_weight", f"state weight {i}", W, "batch heads out in", **{"batch": B, "heads": H, "in": widths[i]})
-    if widths[-1] != value.shape[3]:
-        raise StateError(f"fast_weight: the last layer gives {widths[-1]} features, but values have {value.shape[3]}.")
-    return state
+    gated = len(layers) == 3 and layers[1].shape[3] == K and layers[2].shape[3] == layers[1].shape[2]
+    if not gated or layers[1].shape[3] == layers[0].shape[2]:
+        widths = [K] + [W.shape[2] for W in layers]
+        for i, W in enumerate(layers):
+            sizes = {"batch": B, "heads": H, "in": widths[i]}
+            expect("fast_weight", f"state weight {i}", W, "batch heads out in", **sizes)
+    if layers[-1].shape[2] != value.shape[3]:
+        raise StateError(
+            f"fast_weight: the last layer gives {layers[-1].shape[2]} features, but values have {value.shape[3]}."
+        )
