@@ -1,0 +1,144 @@
+"""Test-time training: a linear map or a perceptron per head that learns to undo a corruption of what it reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence.catalogue import card
+from remanence.memory.base import Memory
+from remanence.memory.parts import ShortConv, merge, per_head, split, wide
+from remanence.ops.ttt import ttt, ttt_state
+from remanence.state import State
+
+SOURCE = "arXiv:2407.04620"
+
+
+@card(
+    "ttt",
+    kind="memory",
+    says="TTT-Linear: a normalised linear map, trained by mini-batch gradient descent on what it reads.",
+    source=SOURCE,
+    small={"dim": 8, "heads": 2, "chunk_size": 4},
+)
+class TTTLinear(Memory):
+    r"""$y = q + \mathrm{LN}(W_t q + b_t)$, where W and b learn to map keys to values less keys (`ops.ttt`).
+
+    The step is $θ = \mathrm{base}·σ(w_h x + b_h) / \mathrm{head\_dim}$; what the tokens of a chunk ask for is averaged,
+    with weights $\max(0, 1/(t+1) + c_t)$, c learned. Queries and keys are turned (rotary) by their position in the
+    chunk. What the heads read is joined, normalised, gated by GELU(W_g x) if so chosen, and projected.
+
+    Args:
+        dim: features of input and output; a multiple of 2·heads.
+        heads: independent networks.
+        layers: of each network: 1 in TTT-Linear, 2 in TTT-MLP.
+        expand: hidden features, as a multiple of dim/heads.
+        chunk_size: tokens that share an anchor. It belongs to the model: train and read with the same.
+        base: the inner learning rate; the authors warm TTT-MLP's up from 0.01 in the first tenth of training.
+        conv: tokens of two short convolutions, one for queries and one for keys, which then share their projection
+            (the authors' "Mamba backbone"); 0 for neither, with projections of their own.
+        gate: whether there is a gate, as in the Mamba backbone.
+
+    Shapes: x and y [batch, time, dim]; state {"net": {"anchor", "sum": {"0": [batch, heads, out, in + 1], ...}, "pos":
+        int64 [batch]}}, and with `conv` {"conv": {"tail": [batch, conv - 1, 2·dim]}}.
+    Raises: `ValueError` on sizes below 1, a `dim` that is no multiple of 2·heads; `ShapeError`, `StateError`.
+    Source: Learning to (Learn at Test Time): RNNs with Expressive Hidden States (2024), arXiv:2407.04620.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        layers: int = 1,
+        expand: int = 4,
+        chunk_size: int = 16,
+        base: float = 1.0,
+        conv: int = 0,
+        gate: bool = False,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        K = per_head(name, dim, heads, multiple=2)
+        if min(layers, expand, chunk_size) < 1 or conv < 0:
+            given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}, conv={conv}"
+            raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, conv at least 0, got {given}.")
+        self.dim, self.heads, self.head_dim, self.chunk_size, self.base = dim, heads, K, chunk_size, base
+        self.qkv = nn.Linear(dim, (2 if conv else 3) * dim, bias=False)
+        self.conv = ShortConv(2 * dim, conv, bias=True) if conv else None
+        self.step = nn.Linear(dim, heads)
+        nn.init.normal_(self.step.weight, std=0.02)
+        nn.init.zeros_(self.step.bias)
+        self.average = nn.Parameter(torch.zeros(chunk_size))
+        self.scale, self.shift = nn.Parameter(torch.ones(heads, K)), nn.Parameter(torch.zeros(heads, K))
+        widths = [K] + [expand * K] * (layers - 1) + [K]
+        self.start = nn.ParameterList(
+            F.pad(0.02 * torch.randn(heads, widths[i + 1], widths[i]), (0, 1)) for i in range(layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.gate = nn.Linear(dim, dim, bias=False) if gate else None
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def initial_state(self, batch: int) -> State:
+        state: State = {"net": ttt_state(list(self.start), batch)}
+        return state if self.conv is None else {**state, "conv": self.conv.initial_state(batch)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        after: State = {}
+        if self.conv is None:
+            q, k, v = self.qkv(x).chunk(3, -1)
+        else:
+            both, v = self.qkv(x).chunk(2, -1)
+            both, after["conv"] = self.conv(torch.cat([both, both], -1), state["conv"])
+            q, k = both.chunk(2, -1)
+        phase = state["net"]["pos"][:, None] + torch.arange(x.shape[1], device=x.device)
+        q, k = self._turn(torch.cat([q, k], -1), phase % self.chunk_size).chunk(2, 1)
+        step = self.base / self.head_dim * wide(self.step(x)).sigmoid().transpose(1, 2)
+        count = torch.arange(1, self.chunk_size + 1, device=x.device)
+        average = (1 / count + wide(self.average)).clamp(min=0)
+        norm = wide(self.scale), wide(self.shift)
+        y, after["net"] = ttt(q, k, split(v, self.heads), step, average, *norm, state["net"])
+        y = self.norm(merge(y).to(x.dtype))
+        y = y if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * y
+        return self.out(y), after
+
+    def _turn(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotary phases of the position in the chunk: x [B, T, 2·dim] to [B, 2·heads, T, K]; position [B, T]."""
+        x = split(x, 2 * self.heads)
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
+        angle = (position[..., None].double() * 10000.0**-pairs)[:, None]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+@card(
+    "ttt-mlp",
+    covers="ttt",
+    kind="memory",
+    says="TTT-MLP: a normalised two-layer perceptron, trained by mini-batch gradient descent on what it reads.",
+    source=SOURCE,
+    small={"dim": 8, "heads": 2, "chunk_size": 4, "conv": 4, "gate": True},
+    parents=("ttt",),
+    change="a perceptron in place of the linear map",
+)
+class TTTMLP(TTTLinear):
+    """`TTTLinear` with two layers, four times as wide between them, and a tenth of the inner learning rate."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        layers: int = 2,
+        expand: int = 4,
+        chunk_size: int = 16,
+        base: float = 0.1,
+        conv: int = 0,
+        gate: bool = False,
+    ):
+        super().__init__(
+            dim, heads=heads, layers=layers, expand=expand, chunk_size=chunk_size, base=base, conv=conv, gate=gate
+        )

@@ -1,0 +1,234 @@
+r"""Test-time training: a normalised network that learns by mini-batch gradient descent while it is read.
+
+The memory is $f(W, x) = x + \mathrm{LN}(g(W, x))$, with g a matrix, or more layers with GELU (in its tanh form) between
+them, each with a bias, and LN with learned weights of its own. Per row and head, with $W_ξ$ the weights as the token's
+chunk began and t counted in the chunk:
+
+$$u_i = ∇_W \tfrac12 ‖\mathrm{LN}(g(W_ξ, k_i)) - (v_i - k_i)‖^2,\quad W_t = W_ξ - c_t \sum_{i ≤ t} θ_i u_i,\quad
+  y_t = f(W_t, q_t).$$
+
+The factor $c_t$, about 1/(t+1), averages anew at every token: so $W_t$ is not $W_{t-1}$ and a step, and the open chunk
+keeps the sum without it. Chunks are counted from the stream's first token, so any cut gives the same result.
+
+Source: Sun et al., Learning to (Learn at Test Time), arXiv:2407.04620 (2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from remanence.errors import ShapeError, expect
+from remanence.ops.decay import recurrent_dtype
+from remanence.ops.fast_weight import by_phase, piece_sizes
+from remanence.ops.taps import tapped
+from remanence.state import State
+
+EPS = 1e-6
+"""Of the layer norm, as its authors' code has it."""
+
+
+def ttt_state(weights: Sequence[Tensor], batch: int) -> State:
+    """The state before the first token: `batch` rows that all start from the same weights.
+
+    Shapes: weights by layer [H, out, in + 1], the bias in the last column; `anchor` and `sum` hold a tensor
+        [B, H, out, in + 1] per layer under "0", "1", ...: the weights as the open chunk began, and the steps taken in
+        it, before averaging; `pos` int64 [B].
+    """
+    rows = {str(i): W.to(recurrent_dtype(W)).expand(batch, *W.shape) for i, W in enumerate(weights)}
+    pos = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
+    return {"anchor": rows, "sum": {i: torch.zeros_like(W) for i, W in rows.items()}, "pos": pos}
+
+
+def ttt_weights(state: State, average: Tensor) -> list[Tensor]:
+    """W_t, the weights after the last token read, by layer [B, H, out, in + 1]; `average` is c, [chunk]."""
+    last = average.to(next(iter(state["sum"].values())))[(state["pos"] - 1) % len(average)][:, None, None, None]
+    return [W - last * total for W, total in zip(state["anchor"].values(), state["sum"].values(), strict=True)]
+
+
+def ttt_read(query: Tensor, weights: Sequence[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
+    """f(W, q) with the same weights for every query. query [B, H, T, K]; scale and shift, of the norm, [H, K]."""
+    z = query
+    for depth, W in enumerate(weights):
+        z = F.pad(F.gelu(z, approximate="tanh") if depth else z, (0, 1), value=1.0) @ W.mT
+    return query + _norm(z, scale, shift)
+
+
+def _norm(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(z, z.shape[-1:], eps=EPS) * scale[:, None] + shift[:, None]
+
+
+def ttt_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    average: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    state: State,
+) -> tuple[Tensor, State]:
+    """The definition of `ttt`, token by token, its inner gradients taken by automatic differentiation."""
+    anchor, total, pos = state["anchor"], state["sum"], state["pos"]
+
+    def loss(weights: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
+        return 0.5 * (ttt_read(k, list(weights.values()), scale, shift) - v).square().sum()
+
+    y = [value[:, :, :0]]
+    for t in range(query.shape[2]):
+        now = slice(t, t + 1)
+        u = torch.func.grad(loss)(anchor, key[:, :, now], value[:, :, now])
+        total = {i: total[i] + step[:, :, now, None] * u[i] for i in u}
+        c = average[pos % len(average)][:, None, None, None]
+        W = {i: anchor[i] - c * total[i] for i in u}
+        y.append(ttt_read(query[:, :, now], list(W.values()), scale, shift))
+        pos = pos + 1
+        closed = (pos % len(average) == 0)[:, None, None, None]
+        anchor = {i: torch.where(closed, W[i], anchor[i]) for i in W}
+        total = {i: torch.where(closed, 0, total[i]) for i in W}
+    return torch.cat(y, 2), {"anchor": anchor, "sum": total, "pos": pos}
+
+
+@tapped
+def ttt(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    average: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    state: State,
+) -> tuple[Tensor, State]:
+    """A normalised network memory over a sequence, a chunk at a time; equal to `ttt_reference`.
+
+    Within a chunk the gradients share their anchor and are outer products, so W_t z needs no weights per token.
+
+    Args:
+        query, key, value: [B, H, T, K], T ≥ 0.
+        step: θ ≥ 0, [B, H, T].
+        average: c, [chunk]: as many tokens share an anchor.
+        scale, shift: of the norm, [H, K].
+        state: from `ttt_state`, or as an earlier call returned it. Rows may stand at different positions.
+
+    Returns: what each query reads after its own token [B, H, T, K], and the state, of constant size.
+    Raises: `ShapeError`.
+    """
+    _check(query, key, value, step, average, scale, shift, state)
+    if not query.shape[2]:
+        return value, state
+    wide = recurrent_dtype(query)
+    average, scale, shift = (x.to(wide) for x in (average, scale, shift))
+    names, chunk = list(state["anchor"]), len(average)
+
+    def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
+        anchor, total = list(state["anchor"].values()), list(state["sum"].values())
+        T, y = tensors[0].shape[2], []
+        for q, k, v, theta in zip(*(x.split(piece_sizes(T, phase, chunk), 2) for x in tensors), strict=True):
+            c = average[phase : phase + q.shape[2], None]
+            out, total = _piece(q, k, v, theta, c, scale, shift, anchor, total if phase else None)
+            y.append(out)
+            phase = (phase + q.shape[2]) % chunk
+            if not phase:
+                anchor = [W - c[-1] * S for W, S in zip(anchor, total, strict=True)]
+        if not phase:
+            total = [torch.zeros_like(S) for S in total]
+        named = [dict(zip(names, x, strict=True)) for x in (anchor, total)]
+        return torch.cat(y, 2), {"anchor": named[0], "sum": named[1], "pos": state["pos"] + T}
+
+    y, after = by_phase(run, [x.to(wide) for x in (query, key, value, step)], state, state["pos"], chunk)
+    return y.to(query.dtype), after
+
+
+def _piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    average: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    anchor: list[Tensor],
+    total: list[Tensor] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Tokens of one chunk: what they read, and the sum of steps after the last."""
+    inputs, slopes = [F.pad(k, (0, 1), value=1.0)], []
+    for W in anchor[:-1]:
+        h = inputs[-1] @ W.mT
+        inputs.append(F.pad(F.gelu(h, approximate="tanh"), (0, 1), value=1.0))
+        slopes.append(_GeluSlope.apply(h))
+    h = inputs[-1] @ anchor[-1].mT
+    centred = h - h.mean(-1, keepdim=True)
+    inverse = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    unit = centred * inverse
+    e = (unit * scale[:, None] + shift[:, None] - v + k) * scale[:, None]
+    e = e - e.mean(-1, keepdim=True) - unit * (e * unit).mean(-1, keepdim=True)
+    deltas = [e * (inverse * step[..., None])]
+    for W, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
+        deltas.append(deltas[-1] @ W[..., :-1] * slope)
+    z, after = q, []
+    for depth, (x, delta, W) in enumerate(zip(inputs, reversed(deltas), anchor, strict=True)):
+        z = F.pad(F.gelu(z, approximate="tanh") if depth else z, (0, 1), value=1.0)
+        moved = (z @ x.mT).tril() @ delta
+        if total is not None:
+            moved = moved + z @ total[depth].mT
+        z = z @ W.mT - average * moved
+        written = delta.mT @ x
+        after.append(written if total is None else total[depth] + written)
+    return q + _norm(z, scale, shift), after
+
+
+class _GeluSlope(torch.autograd.Function):
+    """The derivative of GELU's tanh form, with its own derivative in one go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        t, s, rise = _tanh_parts(x)
+        return 0.5 * (1 + t + x * s * rise)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        t, s, rise = _tanh_parts(x)
+        bend = 6 * 0.044715 * math.sqrt(2 / math.pi) * x
+        return grad * s * (rise + 0.5 * x * (bend - 2 * t * rise.square()))
+
+
+def _tanh_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh u, 1 − tanh² u and u′ for u = √(2/π) (x + 0.044715 x³)."""
+    a, square = math.sqrt(2 / math.pi), x.square()
+    t = (a * x * (1 + 0.044715 * square)).tanh()
+    return t, 1 - t.square(), a * (1 + 3 * 0.044715 * square)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    average: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    state: State,
+) -> None:
+    expect("ttt", "query", query, "batch heads time features")
+    B, H, T, K = query.shape
+    for name, x in {"key": key, "value": value}.items():
+        expect("ttt", name, x, "batch heads time features", batch=B, heads=H, time=T, features=K)
+    expect("ttt", "step", step, "batch heads time", batch=B, heads=H, time=T)
+    expect("ttt", "average", average, "chunk")
+    for name, x in {"scale": scale, "shift": shift}.items():
+        expect("ttt", name, x, "heads features", heads=H, features=K)
+    width = K
+    for i, W in enumerate(state["anchor"].values()):
+        known: dict[str, Any] = {"batch": B, "heads": H, "in": width + 1}
+        expect("ttt", f"state anchor {i}", W, "batch heads out in", **known)
+        width = W.shape[2]
+    if width != K:
+        raise ShapeError(f"ttt: the last layer must give {K} features, as the keys have, got {width}.")
