@@ -201,6 +201,7 @@ def test_misfits_are_named():
 RULES = {
     **{f"objective {name}": {"objective": each} for name, each in OBJECTIVES.items()},
     **{f"retention {name}": {"retention": each} for name, each in RETENTIONS.items()},
+    **{f"retention {name}, bounded": {"retention": each, "bound": 0.5} for name, each in RETENTIONS.items()},
     "objective p-norm": {"objective": OBJECTIVES["p-norm"], "bound": 0.5},  # its slopes grow as the square of errors
     "retention smooth": {"retention": Elastic(0.01, smooth=True)},
     "retention l2": {"retention": Lq(2.0)},
@@ -263,3 +264,19 @@ def test_every_rule_is_the_recurrence(name, cuts):
     close(got, want)
     close(flatten(got_state), flatten(want_state))
     close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+@pytest.mark.parametrize("name", RETENTIONS)
+def test_a_retention_moves_no_further_than_it_says(name):
+    g = torch.Generator().manual_seed(6)
+    A = torch.randn(5, 4, 3, generator=g, dtype=torch.float64)
+    J = torch.func.vmap(torch.func.jacrev(RETENTIONS[name].link))(A).reshape(5, 12, 12)
+    if RETENTIONS[name].frozen:
+        J = RETENTIONS[name].factor(A) * torch.eye(12)
+    assert (torch.linalg.matrix_norm(J, 2) <= RETENTIONS[name].gain(A) * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("each", [Lq(), Lq(2.0), Lq(2.5, "mirror"), Lq(4.0, "mirror"), Elastic()])
+def test_a_retention_starts_where_it_is_told(each):
+    W = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    close(each.link(each.start(W)), W, 1e-6)

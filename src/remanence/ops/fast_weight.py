@@ -459,10 +459,9 @@ def fast_weight_reference(
             u = [x + much[..., None] * new for x, new in zip(u, part, strict=True)]
             out = look(k, fixed)
             slope = objective.slope(out - k if residual else out, v - k if residual else v, delta)
-            size = (
-                size
-                + much * (torch.stack([_square(p.flatten(2)) for p in part], -1).sum(-1, keepdim=True) + 1e-24).sqrt()
-            )
+            gains = [1.0 if retention is None else retention.gain(A) for A in anchor.values()]
+            parts = [gain * _square(p.flatten(2)) for gain, p in zip(gains, part, strict=True)]
+            size = size + much * (torch.stack(parts, -1).sum(-1, keepdim=True) + 1e-24).sqrt()
             along = along + much * (slope * (out - v)).sum(-1)
         past = {name: x[len(x) - (0 if window is None else window.shape[3] - 1) :] for name, x in past.items()}
         theta = step[:, :, now]
@@ -538,9 +537,9 @@ def fast_weight(
             W_t = a_t W_{t−1} + θ_t NS(S_t)); 0 is none.
         read: "after" a token's write (W_t), "before" it (W_{t−1}), or the "anchor" W_ξ.
         bound: keep every step at or below (1 − η) · bound / chunk_size · ⟨e, ∂ℓ/∂f⟩ / ‖u‖², where e is the token's
-            error: for the squared loss the step that would mend the error at once (Polyak's); with bound ≤ 1 a whole
-            chunk of equal tokens goes no further, where unbounded steps, which add up at one anchor, may diverge.
-            None: θ as given.
+            error (and ‖u‖² counts by how much a retention moves the weights): for the squared loss the step that
+            would mend the error at once (Polyak's); with bound ≤ 1 a whole chunk of equal tokens goes no further, where
+            unbounded steps, which add up at one anchor, may diverge. None: θ as given.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
             a call may cut a chunk, the rule must compose: two pieces in turn equal one.
 
@@ -572,7 +571,10 @@ def fast_weight(
         band = None if window is None else _band(x["window"], pos)
         theta, logs = x["step"], [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
         if bound is not None:
-            squares = torch.stack([_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]).sum(0)
+            parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
+            if retention is not None:
+                parts = [p * retention.gain(A)[..., None] for p, A in zip(parts, anchor, strict=True)]
+            squares = torch.stack(parts).sum(0)
             if band is not None:
                 # √ has no slope at 0, where a token before the stream's start, or one already known, has its ‖u‖
                 squares, along = _times(band, (squares + 1e-24).sqrt()).square(), _times(band, along)

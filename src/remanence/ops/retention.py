@@ -34,9 +34,9 @@ class Lq:
     form: str = "printed"
 
     def __post_init__(self) -> None:
-        if self.form not in ("printed", "mirror") or not self.q > 1 or (self.q == 3 and self.form == "printed"):
+        if self.form not in ("printed", "mirror") or not self.q >= 2 or (self.q == 3 and self.form == "printed"):
             raise ValueError(
-                "Lq: q must be above 1 (and not 3 as printed, where weights of one norm have no sum that gives them) "
+                "Lq: q must be at least 2 (and as printed not 3, where no sum gives weights of most norms) "
                 f"and form 'printed' or 'mirror', got q={self.q}, form={self.form!r}."
             )
 
@@ -50,6 +50,12 @@ class Lq:
     def link(self, A: Tensor) -> Tensor:
         power = A if self.form == "printed" else A.sign() * (A.abs() + 1e-12).pow(self.q - 1)
         return power * self.factor(A)
+
+    def gain(self, A: Tensor) -> Tensor:
+        """At most how far W moves where A moves by one, [..., out, in] -> [...]."""
+        if self.form == "printed":
+            return self.factor(A)[..., 0, 0]
+        return (self.q - 1) * ((A.abs() + 1e-12).pow(self.q - 2) * self.factor(A)).amax((-2, -1))
 
     def start(self, W: Tensor) -> Tensor:
         """The sum A at which the weights are W."""
@@ -82,6 +88,9 @@ class Elastic:
             return A.abs() * (A / self.gamma).arctan() * (2 / torch.pi)
         return F.softshrink(A, self.gamma)
 
+    def gain(self, A: Tensor) -> Tensor:
+        return A.new_full(A.shape[:-2], 1.2 if self.smooth else 1.0)
+
     def start(self, W: Tensor) -> Tensor:
         return W if self.smooth else W + self.gamma * W.sign()
 
@@ -106,6 +115,9 @@ class Softmax:
     def link(self, A: Tensor) -> Tensor:
         return self.c * A.softmax(-1)
 
+    def gain(self, A: Tensor) -> Tensor:
+        return self.c * A.softmax(-1).amax((-2, -1))
+
     def start(self, W: Tensor) -> Tensor:
         return W
 
@@ -122,6 +134,9 @@ class Sigmoid:
     def link(self, A: Tensor) -> Tensor:
         return A.sigmoid()
 
+    def gain(self, A: Tensor) -> Tensor:
+        return A.new_full(A.shape[:-2], 0.25)
+
     def start(self, W: Tensor) -> Tensor:
         return W
 
@@ -129,7 +144,7 @@ class Sigmoid:
 Retention = Lq | Elastic | Softmax | Sigmoid
 RETENTIONS: dict[str, Retention] = {
     "lq": Lq(),
-    "lq-mirror": Lq(1.5, "mirror"),
+    "lq-mirror": Lq(4.0, "mirror"),
     "elastic": Elastic(),
     "softmax": Softmax(),
     "sigmoid": Sigmoid(),

@@ -1,0 +1,267 @@
+"""The design space of memories that learn at test time, as one layer: six answers make a memory."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from remanence.catalogue import card
+from remanence.errors import RemanenceError, unknown
+from remanence.memory.base import Memory
+from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
+from remanence.ops.fast_weight import READS, fast_weight, fast_weight_read, fast_weight_state
+from remanence.ops.objectives import OBJECTIVES, Objective
+from remanence.ops.retention import RETENTIONS, Retention
+from remanence.state import State, flatten
+
+STRUCTURES = ("vector", "matrix", "mlp", "gated")
+OPTIMIZERS = {"gradient": 0, "momentum": 1, "momentum2": 2, "muon": 1}
+"""The inner optimisers, and how many momenta each carries."""
+
+
+@card(
+    "fast-weight",
+    covers="miras",
+    kind="memory",
+    says="The design space of test-time memories: structure, objective, retention, optimiser, clock and read time.",
+    source="arXiv:2504.13173",
+    small={"dim": 8, "heads": 2, "expand": 2, "chunk_size": 4, "optimizer": "momentum2", "window": 2, "norm": True},
+)
+class FastWeightMemory(Memory):
+    r"""A memory per head that learns, token by token, to map keys to values; what it is, six arguments say.
+
+    $S_t = η_t S_{t-1} - θ_t ∇ℓ(f(W_ξ, k_t), v_t)$, $A_t = a_t A_{t-1} + S_t$, $W_t = \mathrm{link}(A_t)$, read as
+    $f(W_t, q_t)$; $W_ξ$ are the weights as the token's chunk began. Queries, keys and values are SiLU(conv(W x)), the
+    first two of unit length; $a, η, θ$ (and thresholds, and the weights of a window) depend on the token, one of each
+    per head.
+
+    Args:
+        dim: features of input and output; a multiple of `heads`.
+        structure: of f. "vector": elementwise product; "matrix"; "mlp": `layers` matrices with GELU between, 1 to 4 in
+            the papers; "gated": $W_3(σ(W_1 x) ∘ W_2 x)$.
+        objective: ℓ, "squared", "dot", "p-norm", "absolute", "huber", "huber-coordinate", "huber-mixture" or "shifted",
+            or one of `ops.objectives` with numbers of its own.
+        retention: "none", "decay" ($a_t$ alone), or $a_t$ and a link: "lq", "lq-mirror", "elastic", "softmax",
+            "sigmoid", or one of `ops.retention`.
+        optimizer: "gradient", "momentum", "momentum2" (a momentum of the momentum), or "muon": momentum, then five
+            Newton–Schulz steps for every token.
+        chunk_size: tokens that share an anchor. It belongs to the model: train and read with the same.
+        read: "after" the token's own write, "before" it, or the "anchor": the weights as the chunk began.
+        heads: independent memories.
+        layers, expand: depth of an "mlp"; hidden features as a multiple of dim/heads.
+        window: tokens whose losses each step sums (the Omega rule).
+        residual: add the query to what is read; by default where f is a network.
+        norm: a layer norm with learned scale and shift on f's output, inside the residual.
+        max_step: θ is at most `max_step` · (1 - η), so that η does not change how much is learned in all.
+        bound: and at most this share of the step that would mend a chunk of equal tokens at once, so that no stream
+            diverges (see `ops.fast_weight`); None leaves θ as it is. Steps whose size no error gives ("dot", "muon")
+            have none.
+        conv: tokens that the convolutions see.
+
+    Shapes: x and y [batch, time, dim]; state {"net": that of `ops.fast_weight_state`, "conv": {"tail": [batch,
+        conv - 1, 3·dim]}}. A vector has dim heads of width 1.
+    Raises: `ValueError` for sizes below 1, what cannot be combined (with the reason), and a `max_step` that diverges;
+        `UnknownName` for an answer that there is none of; `RemanenceError` when the memory diverges; `ShapeError`,
+        `StateError` from `forward`.
+    Source: It's All Connected (Miras, 2025), arXiv:2504.13173; the window and "muon": ATLAS (2025), arXiv:2505.23735.
+
+    >>> FastWeightMemory(16, structure="matrix", objective="huber", retention="elastic", read="anchor").dim
+    16
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        structure: str = "mlp",
+        objective: str | Objective = "squared",
+        retention: str | Retention = "decay",
+        optimizer: str = "gradient",
+        chunk_size: int = 16,
+        read: str = "after",
+        heads: int = 4,
+        layers: int = 2,
+        expand: int = 4,
+        window: int = 1,
+        residual: bool | None = None,
+        norm: bool = False,
+        max_step: float = 0.1,
+        bound: float | None = 0.5,
+        conv: int = 4,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        K = per_head(name, dim, heads)
+        known(name, structure=(structure, STRUCTURES), optimizer=(optimizer, OPTIMIZERS), read=(read, READS))
+        self.objective = chosen("objective", objective, OBJECTIVES)
+        self.retention = None if retention in ("none", "decay") else chosen("retention", retention, RETENTIONS)
+        if min(layers, expand, chunk_size, window) < 1:
+            given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}"
+            given += f", window={window}" if window < 1 else ""
+            raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, got {given}.")
+        residual = structure in ("mlp", "gated") if residual is None else residual
+        self.orthogonal = 5 if optimizer == "muon" else 0
+        self.bound = bound if self.objective.targets and not self.orthogonal else None
+        if reason := misfit(structure, self.retention, self.orthogonal, norm, residual, max_step, self.bound):
+            raise ValueError(f"{name}: {reason}")
+        self.dim, self.heads, self.chunk_size, self.max_step = dim, heads, chunk_size, max_step
+        self.read, self.window, self.residual, self.gated = read, window, residual, structure == "gated"
+        self.spread = K if structure == "vector" else 1
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConv(3 * dim, conv)
+        self.start = nn.ParameterList(self._start(structure, K, layers, expand * K))
+        self.momenta = OPTIMIZERS[optimizer]
+        # retain 0.993 to 0.9999 from head to head; a step of half its bound; momentum 0.9
+        starts = {"retain": torch.linspace(5, 9, heads)} if retention != "none" else {}
+        starts |= {"step": torch.zeros(heads)}
+        starts |= {order: torch.full((heads,), 2.2) for order in ("momentum", "second")[: self.momenta]}
+        starts |= {"threshold": torch.zeros(heads)} if self.objective.thresholds else {}
+        starts |= {"window": torch.full((heads * window,), 2.2)} if window > 1 else {}
+        self.names, self.sizes = list(starts), [len(bias) for bias in starts.values()]
+        self.gates = nn.Linear(dim, sum(self.sizes))
+        nn.init.normal_(self.gates.weight, std=0.02)
+        with torch.no_grad():
+            self.gates.bias.copy_(torch.cat(list(starts.values())))
+        self.norm = nn.ParameterList([torch.ones(heads, K), torch.zeros(heads, K)]) if norm else None
+        self.readout = GatedReadout(dim, heads, K)
+
+    def _start(self, structure: str, K: int, layers: int, hidden: int) -> list[Tensor]:
+        sizes = {
+            "vector": [(1, 1)],
+            "matrix": [(K, K)],
+            "gated": [(hidden, K), (hidden, K), (K, hidden)],
+            "mlp": [(K if i == layers - 1 else hidden, hidden if i else K) for i in range(layers)],
+        }
+        return [torch.randn(self.heads * self.spread, o, i) * i**-0.5 for o, i in sizes[structure]]
+
+    def initial_state(self, batch: int) -> State:
+        net = fast_weight_state(
+            list(self.start),
+            batch,
+            momentum=self.momenta,
+            window=self.window,
+            thresholds=self.objective.thresholds,
+            retention=self.retention,
+        )
+        return {"net": net, "conv": self.conv.initial_state(batch)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
+        q, k, v = (split(part, self.heads) for part in mixed.chunk(3, dim=-1))
+        q, k, gates = l2_norm(q), l2_norm(k), self.gate(x)
+        if self.spread > 1:
+            q, k, v = (p.mT.flatten(1, 2)[..., None] for p in (q, k, v))
+            gates = {name: g.repeat_interleave(self.spread, 1) for name, g in gates.items()}
+        y, net = fast_weight(
+            q,
+            k,
+            v,
+            gates.pop("step"),
+            state["net"],
+            **gates,
+            chunk_size=self.chunk_size,
+            objective=self.objective,
+            retention=self.retention,
+            orthogonal=self.orthogonal,
+            read=self.read,
+            bound=self.bound,
+            **self.form(),
+        )
+        if not y.detach().isfinite().all():
+            self.diverged(net)
+        if self.spread > 1:
+            y = y[..., 0].unflatten(1, (self.heads, -1)).mT
+        return self.readout(y, x), {"net": net, "conv": conv}
+
+    def gate(self, x: Tensor) -> dict[str, Any]:
+        """What each token asks for, by the name that `ops.fast_weight` has for it: [batch, heads, time(, window)]."""
+        raw = dict(zip(self.names, wide(self.gates(x)).transpose(1, 2).split(self.sizes, 1), strict=True))
+        gates = {"step": self.max_step * raw["step"].sigmoid()}
+        for name in ("momentum", "second"):
+            if name in raw:
+                gates["step"] = gates["step"] * raw[name].neg().sigmoid()
+        gates |= {f"{name}_log": F.logsigmoid(raw[name]) for name in ("retain", "momentum", "second") if name in raw}
+        if "threshold" in raw:
+            gates["threshold"] = 2 * getattr(self.objective, "delta", 1.0) * raw["threshold"].sigmoid()
+        if "window" in raw:
+            gates["window"] = raw["window"].sigmoid().unflatten(1, (self.heads, -1)).mT
+        return gates
+
+    def form(self) -> dict[str, Any]:
+        """What f is besides its weights."""
+        norm = None if self.norm is None else (self.norm[0], self.norm[1])
+        return {"residual": self.residual, "gated": self.gated, "norm": norm}
+
+    def recall(self, query: Tensor, state: State) -> Tensor:
+        """What the memory held when the open chunk began; queries [batch, heads, time, dim/heads] of unit length."""
+        anchor = list(state["net"]["anchor"].values())
+        if self.retention is not None:
+            anchor = [self.retention.link(A) for A in anchor]
+        if self.spread > 1:
+            y = fast_weight_read(query.mT.flatten(1, 2)[..., None], anchor, **self.form())
+            return y[..., 0].unflatten(1, (self.heads, -1)).mT
+        return fast_weight_read(query, anchor, **self.form())
+
+    def diverged(self, net: State) -> NoReturn:
+        """Say which part of the memory is no longer finite, where in the stream, and what would hold it."""
+        bad = [(path, t) for path, t in flatten(net).items() if t.is_floating_point() and not t.isfinite().all()]
+        token = int(net["pos"].max())
+        where = "what it read"
+        if bad:
+            path, t = bad[0]
+            row, head = (int(i) for i in (~t.isfinite()).nonzero()[0][:2])
+            where = f"{path.replace('.', ' of layer ')} (row {row}, head {head})"
+        raise RemanenceError(
+            f"{type(self).__name__}: by token {token} {where} stopped being finite: its input is not finite, or its "
+            f"steps are too large (max_step={self.max_step:g}; a chunk of {self.chunk_size} equal keys of unit length "
+            f"is stable for steps below {2 / self.chunk_size:g}, and with bound=0.5 for any)."
+        )
+
+
+def known(where: str, **answers: tuple[str, Any]) -> None:
+    """Raise `UnknownName` for the first answer that is not among those there are."""
+    for what, (given, names) in answers.items():
+        if given not in names:
+            raise unknown(f"{what} of {where}", given, names)
+
+
+def chosen(what: str, given: Any, table: dict[str, Any]) -> Any:
+    """One of a table by name, or the one given."""
+    if not isinstance(given, str):
+        return given
+    if given not in table:
+        raise unknown(what, given, table)
+    return table[given]
+
+
+def misfit(
+    structure: str,
+    retention: Retention | None,
+    orthogonal: int,
+    norm: bool,
+    residual: bool,
+    max_step: float,
+    bound: float | None,
+) -> str | None:
+    """Why these answers make no memory, or None where they do."""
+    if structure == "vector" and orthogonal:
+        return "optimizer 'muon' needs a matrix: of a vector's single numbers it keeps the sign alone."
+    if structure == "vector" and retention is not None and type(retention).__name__ in ("Lq", "Softmax"):
+        return (
+            f"retention {type(retention).__name__} shares a norm among the weights of a matrix; a vector's are single."
+        )
+    if structure == "vector" and norm:
+        return "norm needs outputs of several features; each weight of a vector has one."
+    if not 0 < max_step < float("inf"):
+        return f"max_step must be above 0 and finite, got {max_step}."
+    if bound is not None and not 0 < bound <= 2:
+        return f"bound must be above 0 and at most 2, beyond which equal tokens diverge, got {bound}."
+    if bound is None and not orthogonal and max_step > 2:
+        return (
+            f"max_step must be at most 2, beyond which a key of unit length diverges, got {max_step}; or give a bound."
+        )
+    return None
