@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import Check, proof
+from remanence.memory.base import Memory
+from remanence.memory.memory_caching import MemoryCaching
 from remanence.ops.least_squares import least_squares, least_squares_reference
 from remanence.ops.ttt import ttt, ttt_state
+from remanence.state import State, tree_map
 
 PAIRS, WIDTH = 64, 16
 
@@ -91,3 +95,57 @@ def test_time_training() -> tuple[Check, Check]:
     deep, flat = error([64], 0.3), min(error([], step) for step in (0.03, 0.1, 0.3))
     says = "error {:.3f} of the variance"
     return Check(deep <= 0.4, says.format(deep)), Check(flat < 0.9, says.format(flat))
+
+
+class Told(Memory):
+    """Linear attention from a stream of [query, key, value, topic] to what is read; nothing is learned."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dim, self.width = 4 * width, width
+        self.size = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def initial_state(self, batch: int) -> State:
+        return {"S": self.size.new_zeros(batch, 1, self.width, self.width)}
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        q, k, v, _ = x[:, None].chunk(4, -1)
+        y, after = ops.linear_attention(q, k, v * self.size, None, state)
+        return torch.cat([y[:, 0], x[..., self.width :]], -1), after
+
+
+@proof(
+    "memory-caching",
+    "Of 256 pairs in 16 segments, each with a topic, 32 features recall at least 95 % when the ends of segments are "
+    "kept and gated by topic, all of them or one; its controls, linear attention alone and the plain sum, at most 40 %.",
+)
+@torch.no_grad()
+def memory_caching() -> tuple[Check, Check]:
+    width, segments, pairs = 32, 16, 16
+    keys = F.normalize(normals(10, segments, pairs, width), dim=-1)
+    values = F.normalize(normals(11, 64, width), dim=-1)
+    which = torch.randint(64, (segments, pairs), generator=torch.Generator().manual_seed(12))
+    topic = F.normalize(normals(13, segments, 1, width), dim=-1).expand(-1, pairs, -1)
+    nothing = torch.zeros_like(keys)
+    text = torch.cat([nothing, keys, values[which], topic], -1).flatten(0, 1)[None]
+    asked = torch.cat([keys, nothing, nothing, topic], -1).flatten(0, 1)
+
+    def recall(memory: Memory) -> float:
+        state = tree_map(lambda t: t.expand(len(asked), *t.shape[1:]), memory(text)[1])
+        read = memory(asked[:, None], state)[0][:, 0, :width]
+        return (torch.cdist(read, values).argmin(1) == which.flatten()).double().mean().item()
+
+    def cached(variant: str, **arguments: Any) -> float:
+        memory = MemoryCaching(
+            4 * width, memory=Told(width), variant=variant, segment=pairs, independent=True, **arguments
+        ).double()
+        memory.score.weight.copy_(torch.block_diag(torch.zeros(3 * width, 3 * width), 20 * torch.eye(width)))
+        return recall(memory)
+
+    gated, sparse = cached("gated"), cached("sparse", top=1)
+    alone, plain = recall(Told(width)), cached("residual")
+    return (
+        Check(min(gated, sparse) >= 0.95, f"{gated:.1%} recalled with all segments gated, {sparse:.1%} with one"),
+        Check(max(alone, plain) > 0.4, f"{alone:.1%} without caching, {plain:.1%} with the plain sum"),
+    )
