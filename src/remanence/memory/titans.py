@@ -13,8 +13,9 @@ from remanence.catalogue import card
 from remanence.errors import expect
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, merge, per_head, rotate, split, wide, zeros
-from remanence.ops.fast_weight import by_phase, fast_weight, fast_weight_read, fast_weight_state, piece_sizes
+from remanence.memory.fast_weight import FastWeightMemory
+from remanence.memory.parts import l2_norm, merge, per_head, rotate, split, zeros
+from remanence.ops.fast_weight import by_phase, piece_sizes
 from remanence.state import State, check_state, tree_map
 
 SOURCE = "arXiv:2501.00663"
@@ -27,27 +28,24 @@ SOURCE = "arXiv:2501.00663"
     source=SOURCE,
     small={"dim": 8, "heads": 2, "expand": 2, "chunk_size": 4},
 )
-class Titans(Memory):
+class Titans(FastWeightMemory):
     r"""The long-term memory module: a perceptron per head that learns, token by token, to map keys to values.
 
     $S_t = η_t S_{t-1} - θ_t ∇\tfrac12‖f(W_ξ, k_t) - v_t‖^2$, $W_t = a_t W_{t-1} + S_t$, read as $f(W_t, q_t)$, where
-    $f(W, x) = x + W_L σ(… σ(W_1 x))$ and $W_ξ$ are the weights as the token's chunk began. Queries, keys and values are
-    SiLU(conv(W x)), the first two of unit length; $a, η, θ$ depend on the token, one of each per head.
+    $f(W, x) = x + W_L σ(… σ(W_1 x))$ and $W_ξ$ are the weights as the token's chunk began. It is `FastWeightMemory`
+    with momentum and the squared error.
 
     Args:
         dim: features of input and output; a multiple of `heads`.
         heads: independent networks.
         layers: depth of each network, 1 to 4 in the paper (1 is a matrix).
-        expand: hidden features, as a multiple of dim/heads.
         chunk_size: tokens that share an anchor. It belongs to the model: train and read with the same.
         momentum: whether past surprise carries over (η > 0); without it the state is a third smaller.
-        max_step: θ is at most `max_step` · (1 - η), so that η does not change how much is learned in all; and at most
-            the share of Polyak's step that keeps a stream of equal tokens from diverging (`bound` in `fast_weight`).
-        conv: tokens that the convolutions see.
+        answers: further arguments of `FastWeightMemory`.
 
     Shapes: x and y [batch, time, dim]; state {"net": {"anchor", "weight", "momentum": {"0": [batch, heads, out, in],
         ...}, "pos": int64 [batch]}, "conv": {"tail": [batch, conv - 1, 3·dim]}}.
-    Raises: `ValueError` on sizes below 1 or a `dim` that is no multiple of `heads`; `ShapeError`, `StateError`.
+    Raises: as `FastWeightMemory`.
     Source: Titans: Learning to Memorize at Test Time (2025), arXiv:2501.00663. The skip, the width, GELU and the makers
         of the gates are not given there; the first three follow later papers of its authors.
     """
@@ -58,60 +56,13 @@ class Titans(Memory):
         *,
         heads: int = 4,
         layers: int = 2,
-        expand: int = 4,
         chunk_size: int = 64,
         momentum: bool = True,
-        max_step: float = 0.1,
-        conv: int = 4,
+        **answers: Any,
     ):
-        super().__init__()
-        K = per_head("Titans", dim, heads)
-        if min(layers, expand, chunk_size) < 1:
-            given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}"
-            raise ValueError(f"Titans: layers, expand and chunk_size must be at least 1, got {given}.")
-        self.dim, self.heads, self.chunk_size, self.max_step, self.momentum = dim, heads, chunk_size, max_step, momentum
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.conv = ShortConv(3 * dim, conv)
-        widths = [K] + [expand * K] * (layers - 1) + [K]
-        self.start = nn.ParameterList(
-            torch.randn(heads, widths[i + 1], widths[i]) * widths[i] ** -0.5 for i in range(layers)
-        )
-        self.gates = nn.Linear(dim, 3 * heads)
-        nn.init.normal_(self.gates.weight, std=0.02)
-        with torch.no_grad():  # retain 0.993 to 0.9999 from head to head; a step of half its bound; momentum 0.9
-            parts = torch.linspace(5, 9, heads), torch.zeros(heads), torch.full((heads,), 2.2)
-            self.gates.bias.copy_(torch.cat(parts))
-        self.readout = GatedReadout(dim, heads, K)
-
-    def initial_state(self, batch: int) -> State:
-        net = fast_weight_state(list(self.start), batch, momentum=self.momentum)
-        return {"net": net, "conv": self.conv.initial_state(batch)}
-
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.begin(x, state)
-        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
-        q, k, v = (split(part, self.heads) for part in mixed.chunk(3, dim=-1))
-        retain, step, momentum = wide(self.gates(x)).transpose(1, 2).chunk(3, dim=1)
-        step = self.max_step * step.sigmoid()
-        if self.momentum:
-            step = step * momentum.neg().sigmoid()
-        y, net = fast_weight(
-            l2_norm(q),
-            l2_norm(k),
-            v,
-            step,
-            state["net"],
-            retain_log=F.logsigmoid(retain),
-            momentum_log=F.logsigmoid(momentum) if self.momentum else None,
-            chunk_size=self.chunk_size,
-            residual=True,
-            bound=0.5,
-        )
-        return self.readout(y, x), {"net": net, "conv": conv}
-
-    def recall(self, query: Tensor, state: State) -> Tensor:
-        """What the memory held when the open chunk began; queries [batch, heads, time, dim/heads] of unit length."""
-        return fast_weight_read(query, list(state["net"]["anchor"].values()), residual=True)
+        optimizer = "momentum" if momentum else "gradient"
+        given: dict[str, Any] = {"heads": heads, "layers": layers, "chunk_size": chunk_size, "optimizer": optimizer}
+        super().__init__(dim, **(given | answers))
 
 
 class _Blend(nn.Module):
