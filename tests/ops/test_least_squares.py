@@ -2,10 +2,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from remanence import ops
 from remanence.errors import ShapeError
 from remanence.ops.least_squares import (
     least_squares,
     least_squares_reference,
+    local_regression,
+    local_regression_reference,
     recursive_least_squares,
     recursive_least_squares_reference,
     recursive_least_squares_state,
@@ -128,3 +131,40 @@ def test_softmax_attention_is_a_local_mean_and_linear_attention_a_regression_tha
     # with the keys read so far orthonormal, the optimum and the sum of outer products are one, up to the ridge
     read = regress(q[:, :, :K], eye, v[:, :, :K], lower, order="linear", ridge=1e-12)
     close(read, (q[:, :, :K] @ eye.mT).tril() @ v[:, :, :K])
+
+
+@pytest.mark.parametrize("order", ["constant", "linear", "affine"])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(("T", "cuts"), [(0, []), (1, []), (17, []), (17, [0, 1, 1, 9])])
+def test_local_regression_is_its_reference(order, kernel, T, cuts):
+    leaves = [x.requires_grad_() for x in inputs(T)]
+    bandwidth = draw(H, seed=5).exp().requires_grad_() if kernel else None
+    how = {"window": 4, "order": order, "bandwidth": bandwidth}
+    want, want_state = local_regression_reference(*leaves, **how)
+    pieces, state = [], None
+    for piece in zip(*(x.tensor_split(cuts, 2) for x in leaves), strict=True):
+        y, state = local_regression(*piece, **how, state=state)
+        pieces.append(y)
+    got = torch.cat(pieces, 2)
+    close(got, want)
+    close(state, want_state)
+    if T:
+        leaves = [*leaves, bandwidth] if kernel else leaves
+        ends = [({n: t for n, t in s.items() if n != "seen"}) for s in (state, want_state)]
+        close(grads(got, ends[0], leaves), grads(want, ends[1], leaves))
+
+
+def test_a_local_mean_of_unit_vectors_is_softmax_attention_and_a_gaussian_kernel():
+    q, k, v = (F.normalize(x, dim=-1) for x in inputs(9))
+    bandwidth = torch.full((H,), 0.3, dtype=torch.float64)
+    y, _ = local_regression(q, k, v, window=9, order="constant", bandwidth=bandwidth)
+    scale = K**0.5 / 0.3
+    close(y, ops.window_attention(scale * q, k, v, window=9)[0])
+    gaussian = (torch.cdist(q, k).square() / -0.6).exp().tril()
+    close(y, regress(q, k, v, gaussian, order="constant"))
+
+
+def test_one_pair_in_single_precision_is_answered_by_its_value():
+    q, k, v = (x.float() for x in inputs(1))
+    y, _ = local_regression(q, F.normalize(k, dim=-1), v, window=3, order="affine")
+    torch.testing.assert_close(y, v, rtol=1e-3, atol=1e-3)

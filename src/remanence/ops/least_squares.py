@@ -5,7 +5,8 @@ down, $\min_m \sum_{i ≤ t} γ_i ‖v_i - m(k_i)‖^2$, read at the query. The 
 
 - `least_squares`: m linear, γ decaying, a ridge that does not (MesaNet, arXiv:2506.05233);
 - `recursive_least_squares`: m linear, γ constant, the ridge counted once, at the beginning (RLS);
-- `regress`: any weights, m constant, linear or affine around the query, over keys that are given (the definition).
+- `regress`: any weights, m constant, linear or affine around the query, over keys that are given (the definition);
+- `local_regression`: the same over a sliding window, all pairs alike or those near the query more.
 """
 
 from __future__ import annotations
@@ -246,7 +247,8 @@ def regress(
             are divided by each query's largest, which changes nothing but what the ridge means.
         order: "constant" (m(k) = c: a weighted mean, Nadaraya and Watson), "linear" (m(k) = Mᵀk), or "affine"
             (m(k) = c + Mᵀ(k − q): local linear regression, exact on affine maps up to the edge of the data).
-        ridge: on M: as it is for "linear"; relative to the mean spread of the keys for "affine".
+        ridge: on M: as it is for "linear"; for "affine" relative to the mean spread of the keys and a
+            thousandth of their size. It must be positive where fewer keys than features count.
 
     Shapes: query [B, H, T, K], key [B, H, N, K], value [B, H, N, V] -> [B, H, T, V]. A query whose weights are all
         zero reads zero.
@@ -267,14 +269,99 @@ def regress(
     total = w.sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     if order == "constant":
         return (w @ value) / total
-    second = (w @ (key[..., None] * key[..., None, :]).flatten(3)).unflatten(3, (K, K))
     if order == "linear":
+        second = (w @ (key[..., None] * key[..., None, :]).flatten(3)).unflatten(3, (K, K))
         x = torch.linalg.solve(second + ridge * one, query)
         return (w * (x @ key.mT)) @ value
-    # the spread around the weighted mean, so that nothing is lost by subtracting large numbers twice
+    # keys around their weighted mean first: a difference of second moments would lose half of the digits
     mean = (w @ key) / total
-    spread = second / total[..., None] - mean[..., None] * mean[..., None, :]
-    size = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + torch.finfo(w.dtype).eps
+    z = key[:, :, None] - mean[:, :, :, None]
+    spread = (z * (w / total)[..., None]).mT @ z
+    floor = 1e-3 * mean.square().mean(-1, keepdim=True)  # where all keys are one, gradients stay finite
+    size = (spread.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + floor)[..., None]
     x = torch.linalg.solve(spread + ridge * size * one, query - mean)
-    slope = x @ key.mT - (x * mean).sum(-1, keepdim=True)
+    slope = (z @ x[..., None])[..., 0]
     return (w * (1 + slope)) @ value / total
+
+
+def local_regression_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    order: str = "affine",
+    bandwidth: Tensor | None = None,
+    ridge: float | Tensor = 0.1,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """The definition: `regress` over the tokens in (t − window, t], token by token."""
+    k, v, seen = _begin_window(key, value, window, state)
+    y = [value[:, :, :0].to(k.dtype)]
+    for t in range(key.shape[2]):
+        now = slice(t, t + 1)
+        q, seen = query[:, :, now].to(k.dtype), seen + 1
+        k, v = torch.cat([k, key[:, :, now]], 2), torch.cat([v, value[:, :, now]], 2)
+        there = (torch.arange(window, device=k.device) >= (window - seen)[:, None])[:, None, None]
+        w = there.to(k.dtype).expand(-1, q.shape[1], -1, -1)
+        if bandwidth is not None:
+            w = w * ((q @ k.mT) / bandwidth[:, None, None]).exp()
+        y.append(regress(q, k, v, w, order=order, ridge=ridge))
+        k, v = k[:, :, 1:], v[:, :, 1:]
+    return torch.cat(y, 2).to(value.dtype), {"k": k, "v": v, "seen": seen}
+
+
+@tapped
+def local_regression(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    order: str = "affine",
+    bandwidth: Tensor | None = None,
+    ridge: float | Tensor = 0.1,
+    state: State | None = None,
+) -> tuple[Tensor, State]:
+    """Regression over the tokens in (t − window, t], read at each query, a window's length at a time.
+
+    Args:
+        order: of `regress`: "constant", "linear" or "affine".
+        bandwidth: τ > 0, [H]: pairs count exp(q·k/τ), which for unit vectors is a Gaussian in their distance; None
+            counts all alike. A constant with such weights is softmax attention.
+        ridge: of `regress`; a number, or a tensor that broadcasts with [B, H, T, 1, 1].
+
+    Shapes: query, key [B, H, T, K], value and y [B, H, T, V], any T ≥ 0; state {"k": [B, H, window − 1, K], "v": [B, H,
+        window − 1, V], latest last, "seen": int64 [B]}, float32 or wider.
+    Raises: `ShapeError`; `ValueError` for an unknown order or a window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"local_regression: window must be at least 1, got {window}.")
+    expect("local_regression", "key", key, "batch heads time features")
+    B, H, T, K = key.shape
+    expect("local_regression", "query", query, "batch heads time features", batch=B, heads=H, time=T, features=K)
+    expect("local_regression", "value", value, "batch heads time features", batch=B, heads=H, time=T)
+    old_k, old_v, seen = _begin_window(key, value, window, state)
+    k, v = torch.cat([old_k, key], 2), torch.cat([old_v, value], 2)
+    y = [value[:, :, :0].to(k.dtype)]
+    for start in range(0, T, window):
+        q = query[:, :, start : start + window].to(k.dtype)
+        stop = start + q.shape[2] + window - 1
+        ks, vs = k[:, :, start:stop], v[:, :, start:stop]
+        row, column = torch.arange(q.shape[2], device=k.device)[:, None], torch.arange(stop - start, device=k.device)
+        there = (column >= row) & (column < row + window) & (column + start >= (window - 1 - seen)[:, None, None])
+        there = there[:, None].expand(-1, H, -1, -1)
+        if bandwidth is None:
+            w = there.to(k.dtype)
+        else:
+            w = ((q @ ks.mT) / bandwidth[:, None, None]).masked_fill(~there, -torch.inf).softmax(-1)
+        y.append(regress(q, ks, vs, w, order=order, ridge=ridge))
+    after = {"k": k[:, :, T:], "v": v[:, :, T:], "seen": seen + T}
+    return torch.cat(y, 2).to(value.dtype), after
+
+
+def _begin_window(key: Tensor, value: Tensor, window: int, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
+    if state is not None:
+        return state["k"], state["v"], state["seen"]
+    k, v = (x.new_zeros(*x.shape[:2], window - 1, x.shape[3], dtype=recurrent_dtype(x)) for x in (key, value))
+    return k, v, torch.zeros(len(key), dtype=torch.int64, device=key.device)
