@@ -264,15 +264,18 @@ def regress(
     expect("regress", "weights", weights, "batch heads time pairs", batch=B, heads=heads, time=query.shape[2], pairs=N)
     if not N:
         return value.new_zeros(*query.shape[:3], value.shape[3])
-    w = weights / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    dtype = recurrent_dtype(value)
+    # in float64: where few keys count, the systems are as good as singular, and their gradients need the digits
+    query, key, v, w = (x.double() for x in (query, key, value, weights))
+    w = w / w.amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     one = torch.eye(K, dtype=w.dtype, device=w.device)
     total = w.sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
     if order == "constant":
-        return (w @ value) / total
+        return ((w @ v) / total).to(dtype)
     if order == "linear":
         second = (w @ (key[..., None] * key[..., None, :]).flatten(3)).unflatten(3, (K, K))
         x = torch.linalg.solve(second + ridge * one, query)
-        return (w * (x @ key.mT)) @ value
+        return ((w * (x @ key.mT)) @ v).to(dtype)
     # keys around their weighted mean first: a difference of second moments would lose half of the digits
     mean = (w @ key) / total
     z = key[:, :, None] - mean[:, :, :, None]
@@ -281,7 +284,7 @@ def regress(
     size = (spread.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + floor)[..., None]
     x = torch.linalg.solve(spread + ridge * size * one, query - mean)
     slope = (z @ x[..., None])[..., 0]
-    return (w * (1 + slope)) @ value / total
+    return ((w * (1 + slope)) @ v / total).to(dtype)
 
 
 def local_regression_reference(
