@@ -203,6 +203,8 @@ RULES = {
     **{f"retention {name}": {"retention": each} for name, each in RETENTIONS.items()},
     **{f"retention {name}, bounded": {"retention": each, "bound": 0.5} for name, each in RETENTIONS.items()},
     "objective p-norm": {"objective": OBJECTIVES["p-norm"], "bound": 0.5},  # its slopes grow as the square of errors
+    "dot, bounded": {"objective": OBJECTIVES["dot"], "bound": 0.5, "order": 2},
+    "dot, bounded, in a window": {"objective": OBJECTIVES["dot"], "bound": 0.5, "window": 3, "gated": True},
     "retention smooth": {"retention": Elastic(0.01, smooth=True)},
     "retention l2": {"retention": Lq(2.0)},
     "retention softmax, stale": {"retention": RETENTIONS["softmax"], "read": "anchor"},

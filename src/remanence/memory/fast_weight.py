@@ -13,13 +13,28 @@ from remanence.errors import RemanenceError, unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
 from remanence.ops.fast_weight import READS, fast_weight, fast_weight_read, fast_weight_state
-from remanence.ops.objectives import OBJECTIVES, Objective
-from remanence.ops.retention import RETENTIONS, Retention
+from remanence.ops.objectives import OBJECTIVES, Huber, Objective, PNorm
+from remanence.ops.retention import RETENTIONS, Lq, Retention
 from remanence.state import State, flatten
 
 STRUCTURES = ("vector", "matrix", "mlp", "gated")
 OPTIMIZERS = {"gradient": 0, "momentum": 1, "momentum2": 2, "muon": 1}
 """The inner optimisers, and how many momenta each carries."""
+ROWS: dict[str, dict[str, Any]] = {
+    "linear-attention": {"structure": "matrix", "objective": "dot", "retention": "none"},
+    "swla": {"structure": "matrix", "objective": "dot", "window": 2},
+    "delta-rule": {"structure": "matrix", "retention": "none", "max_step": 1.0, "chunk_size": 1, "bound": 1.0},
+    "titans": {"optimizer": "momentum", "chunk_size": 64},
+    "moneta": {"objective": PNorm(3.0), "retention": Lq(4.0), "norm": True},
+    "yaad": {"objective": Huber("mixture"), "norm": True},
+    "memora": {"retention": "softmax", "norm": True, "max_step": 10.0},
+    "dla": {"objective": "dot"},
+    "omeganet": {"window": 4},
+    "atlas": {"window": 4, "optimizer": "muon"},
+    "atlas++": {"structure": "gated", "window": 4, "optimizer": "muon"},
+}
+"""Published memories as answers: `FastWeightMemory(dim, **ROWS["yaad"])`. What they have besides (kernels, lifted keys)
+is in the layers of their names."""
 
 
 @card(
@@ -57,8 +72,7 @@ class FastWeightMemory(Memory):
         norm: a layer norm with learned scale and shift on f's output, inside the residual.
         max_step: θ is at most `max_step` · (1 - η), so that η does not change how much is learned in all.
         bound: and at most this share of the step that would mend a chunk of equal tokens at once, so that no stream
-            diverges (see `ops.fast_weight`); None leaves θ as it is. Steps whose size no error gives ("dot", "muon")
-            have none.
+            diverges (see `ops.fast_weight`); None leaves θ as it is. The steps of "muon" are of size θ whatever it is.
         conv: tokens that the convolutions see.
 
     Shapes: x and y [batch, time, dim]; state {"net": that of `ops.fast_weight_state`, "conv": {"tail": [batch,
@@ -97,15 +111,19 @@ class FastWeightMemory(Memory):
         K = per_head(name, dim, heads)
         known(name, structure=(structure, STRUCTURES), optimizer=(optimizer, OPTIMIZERS), read=(read, READS))
         self.objective = chosen("objective", objective, OBJECTIVES)
-        self.retention = None if retention in ("none", "decay") else chosen("retention", retention, RETENTIONS)
+        self.retention: Retention | None = chosen("retention", retention, {"none": None, "decay": None} | RETENTIONS)
         if min(layers, expand, chunk_size, window) < 1:
             given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}"
             given += f", window={window}" if window < 1 else ""
             raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, got {given}.")
         residual = structure in ("mlp", "gated") if residual is None else residual
         self.orthogonal = 5 if optimizer == "muon" else 0
-        self.bound = bound if self.objective.targets and not self.orthogonal else None
-        if reason := misfit(structure, self.retention, self.orthogonal, norm, residual, max_step, self.bound):
+        self.bound = None if self.orthogonal else bound
+        deep = structure == "gated" or (structure == "mlp" and layers > 1)
+        if deep and not self.objective.targets and retention == "none" and not self.orthogonal:
+            growth = "in a network of several layers objective 'dot' outgrows all numbers unless a retention forgets."
+            raise ValueError(f"{name}: {growth}")
+        if reason := misfit(structure, self.retention, self.orthogonal, norm, max_step, self.bound):
             raise ValueError(f"{name}: {reason}")
         self.dim, self.heads, self.chunk_size, self.max_step = dim, heads, chunk_size, max_step
         self.read, self.window, self.residual, self.gated = read, window, residual, structure == "gated"
@@ -208,7 +226,8 @@ class FastWeightMemory(Memory):
 
     def diverged(self, net: State) -> NoReturn:
         """Say which part of the memory is no longer finite, where in the stream, and what would hold it."""
-        bad = [(path, t) for path, t in flatten(net).items() if t.is_floating_point() and not t.isfinite().all()]
+        parts: State = {name: net[name] for name in ("weight", "momentum", "second") if name in net}
+        bad = [(path, t) for path, t in flatten(parts).items() if not t.isfinite().all()]
         token = int(net["pos"].max())
         where = "what it read"
         if bad:
@@ -243,7 +262,6 @@ def misfit(
     retention: Retention | None,
     orthogonal: int,
     norm: bool,
-    residual: bool,
     max_step: float,
     bound: float | None,
 ) -> str | None:

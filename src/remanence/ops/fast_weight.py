@@ -446,7 +446,7 @@ def fast_weight_reference(
         past = {name: [*past.get(name, []), x] for name, x in token.items()}
         fixed = weights(anchor, anchor)
         u = [torch.zeros_like(w) for w in fixed]
-        size, along = torch.zeros_like(step[:, :, now]), torch.zeros_like(step[:, :, now])
+        size, along, growth = (torch.zeros_like(step[:, :, now]) for _ in range(3))
         for j in range(1 if window is None else window.shape[3]):
             k, v = past["key"][-1 - j][:, :, None], past["value"][-1 - j][:, :, None]
             delta = past["threshold"][-1 - j][:, :, None] if threshold is not None else None
@@ -459,16 +459,23 @@ def fast_weight_reference(
             u = [x + much[..., None] * new for x, new in zip(u, part, strict=True)]
             out = look(k, fixed)
             slope = objective.slope(out - k if residual else out, v - k if residual else v, delta)
-            gains = [1.0 if retention is None else retention.gain(A) for A in anchor.values()]
-            parts = [gain * _square(p.flatten(2)) for gain, p in zip(gains, part, strict=True)]
-            size = size + much * (torch.stack(parts, -1).sum(-1, keepdim=True) + 1e-24).sqrt()
+            gains = [1.0 if retention is None else retention.gain(A)[..., None] for A in anchor.values()]
+            squares = [gain * _square(p.flatten(2))[..., None] for gain, p in zip(gains, part, strict=True)]
+            size = size + much * (torch.stack(squares).sum(0) + 1e-24).sqrt()
+            shares = [(p + 1e-24).sqrt() / len(w[0, 0]) ** 0.5 for p, w in zip(squares, fixed, strict=True)]
+            growth = growth + much * torch.stack(shares)
             along = along + much * (slope * (out - v)).sum(-1)
         past = {name: x[len(x) - (0 if window is None else window.shape[3] - 1) :] for name, x in past.items()}
         theta = step[:, :, now]
         if bound is not None:
             left = 1.0 if eta is None else 1 - eta[:, :, now]
             left = left if eta2 is None else left * (1 - eta2[:, :, now])
-            theta = torch.minimum(theta, left * bound / chunk_size * along / (size.square() + 1e-12))
+            if objective.targets:
+                most = along / (size.square() + 1e-12) / chunk_size
+            else:
+                most = (1 - a[:, :, now]) / (growth.amax(0) + 1e-12)
+            if objective.targets or len(W) > 1 or norm is not None:
+                theta = torch.minimum(theta, left * bound * most)
         sign = torch.ones_like(theta) if orthogonal else theta
         change = {i: -sign[..., None] * x for i, x in zip(W, u, strict=True)}
         before = W
@@ -539,7 +546,9 @@ def fast_weight(
         bound: keep every step at or below (1 − η) · bound / chunk_size · ⟨e, ∂ℓ/∂f⟩ / ‖u‖², where e is the token's
             error (and ‖u‖² counts by how much a retention moves the weights): for the squared loss the step that
             would mend the error at once (Polyak's); with bound ≤ 1 a whole chunk of equal tokens goes no further, where
-            unbounded steps, which add up at one anchor, may diverge. None: θ as given.
+            unbounded steps, which add up at one anchor, may diverge. The dot product has no error to mend, but in a
+            network it lets layers feed each other's growth: its steps are kept at or below (1 − η) · (1 − a) · bound ·
+            √out / ‖u‖ in every layer, so that none outgrows its decay. None: θ as given.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
             a call may cut a chunk, the rule must compose: two pieces in turn equal one.
 
@@ -570,15 +579,13 @@ def fast_weight(
         )
         band = None if window is None else _band(x["window"], pos)
         theta, logs = x["step"], [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
-        if bound is not None:
+        if bound is not None and (objective.targets or len(W) > 1 or norm is not None):
             parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
             if retention is not None:
                 parts = [p * retention.gain(A)[..., None] for p, A in zip(parts, anchor, strict=True)]
-            squares = torch.stack(parts).sum(0)
-            if band is not None:
-                # √ has no slope at 0, where a token before the stream's start, or one already known, has its ‖u‖
-                squares, along = _times(band, (squares + 1e-24).sqrt()).square(), _times(band, along)
-            theta = _bounded(theta, squares, along, logs[1], logs[2], bound / chunk_size)
+            theta = torch.minimum(
+                theta, bound * _ceiling(parts, along, fixed, band, logs, chunk_size, objective.targets)
+            )
         c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
         if band is not None:
             c = _banded(c, band)
@@ -662,18 +669,37 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1).square()  # one pass over x, where x² would be kept for the gradient
 
 
-def _bounded(
-    step: Tensor,
-    gradient: Tensor,
+def _ceiling(
+    squares: Weights,
     along: Tensor,
-    momentum_log: Tensor | None,
-    second_log: Tensor | None,
-    share: float,
+    weights: Weights,
+    band: Tensor | None,
+    logs: Sequence[Tensor | None],
+    chunk_size: int,
+    targets: bool,
 ) -> Tensor:
-    """At most `share` of Polyak's step, from ‖u‖² and ⟨e, ∂ℓ/∂f⟩; an error of zero takes none."""
+    """The largest steps θ that a bound of 1 lets pass, from ‖u‖² by layer and ⟨e, ∂ℓ/∂f⟩; each [B, H, C].
+
+    With targets, Polyak's step shared out over a chunk: an error of zero takes none. Without, what the decay undoes.
+    """
+
+    def summed(x: Tensor) -> Tensor:
+        # √ has no slope at 0, where a token that is already known, or before the stream's start, has its ‖u‖
+        x = (x + 1e-24).sqrt()
+        return x if band is None else _times(band, x)
+
+    retain_log, momentum_log, second_log = logs
+    if targets:
+        along = along if band is None else _times(band, along)
+        total = torch.stack(squares).sum(0)
+        most = along / ((total if band is None else summed(total).square()) + 1e-12) / chunk_size
+    else:
+        assert retain_log is not None
+        growth = torch.stack([summed(p) / W.shape[-2] ** 0.5 for p, W in zip(squares, weights, strict=True)])
+        most = -torch.expm1(retain_log) / (growth.amax(0) + 1e-12)
     for log in (momentum_log, second_log):
-        along = along if log is None else -torch.expm1(log) * along
-    return torch.minimum(step, share * along / (gradient + 1e-12))
+        most = most if log is None else -torch.expm1(log) * most
+    return most
 
 
 def piece_sizes(length: int, phase: int, chunk_size: int) -> list[int]:
