@@ -138,7 +138,7 @@ class Learner:
             self.strategies.on_boundary(task)
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, segment: int = 512) -> float:
+    def evaluate(self, tokens: Tensor, segment: int = 64) -> float:
         """Bits per token of a text [1, time] on frozen weights, from an empty state; disturbs nothing."""
         held = self.state, self.last, self.learning
         position = self.counts.position() if self.counts else {}

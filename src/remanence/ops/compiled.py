@@ -116,14 +116,19 @@ def spread(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -
     threads wait without spinning, so that a busy neighbour costs its share and no more.
     """
     threads = min(torch.get_num_threads(), parts) if size >= 2**16 else 1
-    with _blas().limit(limits=1, user_api="blas"):  # kernels multiply small matrices, one thread each
-        if threads == 1:
-            kernel(0, parts, *arguments)
-            return
-        jobs = min(parts, 4 * threads)  # more than threads: whoever is held up takes fewer
-        edges = [parts * i // jobs for i in range(jobs + 1)]
-        run = partial(_call, kernel, arguments)
-        list(_pool(threads).map(run, edges[:-1], edges[1:]))
+    if threads == 1:
+        kernel(0, parts, *arguments)
+        return
+    jobs = min(parts, 4 * threads)  # more than threads: whoever is held up takes fewer
+    edges = [parts * i // jobs for i in range(jobs + 1)]
+    run = partial(_call, kernel, arguments)
+    list(_pool(threads).map(run, edges[:-1], edges[1:]))
+
+
+def spread_products(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
+    """`spread` for kernels that multiply small matrices, for which one thread each is best."""
+    with _blas().limit(limits=1, user_api="blas"):
+        spread(kernel, parts, size, *arguments)
 
 
 def _call(kernel: Callable[..., Any], arguments: tuple[Any, ...], first: int, last: int) -> None:

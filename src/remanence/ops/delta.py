@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -68,7 +69,7 @@ def gated_delta_rule(
     if k.shape[2] == 1:
         y, S = _step(q, k, v, b, g, start)
         return y.to(value.dtype), {"S": S}
-    run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
+    run = _Compiled.apply if compiled(k) else _by_chunks
     y, S = run(q, k, v, b, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
 
@@ -113,7 +114,7 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import delta_kernels as kernels
-        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         B, H, T, K = k.shape
         V = v.shape[3]
@@ -121,7 +122,7 @@ class _Compiled(torch.autograd.Function):
         errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // size), K, V)
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), errors.numpy(), befores.numpy(), rows(end)
-        spread(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)
+        spread_products(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)
         ctx.save_for_backward(q, k, v, b, g, start, end, errors, befores)
         ctx.size = size
         return y, end
@@ -129,7 +130,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import delta_kernels as kernels
-        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         q, k, v, b, g, start, end, errors, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -147,7 +148,9 @@ class _Compiled(torch.autograd.Function):
         inputs = *flat(q, 3), *flat(k, 3), *flat(b, 3), *flat_or_none(g, 3, q)
         kept = errors.numpy(), befores.numpy(), rows(end), *flat(grads[0], 3)
         outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat(d_b, 3), *flat_or_none(d_g, 3, q), rows(d_start)
-        spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, int(g is not None), *inputs, *kept, *outputs)
+        spread_products(
+            kernels.backward, B * H, k.numel(), H, T, ctx.size, int(g is not None), *inputs, *kept, *outputs
+        )
         return d_q, d_k, d_v, d_b, d_g, d_start, None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -61,7 +62,7 @@ def linear_attention(
     if k.shape[2] == 1:
         y, S = _step(q, k, v, g, start)
         return y.to(value.dtype), {"S": S}
-    run = _Compiled.apply if v.device.type == "cpu" else _by_chunks
+    run = _Compiled.apply if compiled(k) else _by_chunks
     y, S = run(q, k, v, g, start, min(chunk_size, k.shape[2]))
     return y.to(value.dtype), {"S": S}
 
@@ -110,14 +111,14 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import linear_attention_kernels as kernels
-        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         B, H, T, K = k.shape
         y, end = blank(v, 3), v.new_empty(B, H, K, v.shape[3])
         befores = v.new_empty(B * H, -(-T // size), K, v.shape[3])
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q)
         kind = 0 if g is None else g.ndim - 2
-        spread(
+        spread_products(
             kernels.forward,
             B * H,
             k.numel(),
@@ -138,7 +139,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import linear_attention_kernels as kernels
-        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread
+        from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         q, k, v, g, start, end, befores = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -162,7 +163,7 @@ class _Compiled(torch.autograd.Function):
         )
         outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_or_none(d_g, 3, q), rows(d_start)
         kind = 0 if g is None else g.ndim - 2
-        spread(kernels.backward, B * H, k.numel(), H, T, ctx.size, kind, *inputs, *outputs)
+        spread_products(kernels.backward, B * H, k.numel(), H, T, ctx.size, kind, *inputs, *outputs)
         return d_q, d_k, d_v, d_g, d_start, None
 
 

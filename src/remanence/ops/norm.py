@@ -10,6 +10,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
 
 ROWS = 256
@@ -38,7 +39,7 @@ def normalise(
     """
     if weight is not None:
         expect("normalise", "weight", weight, "features", features=x.shape[-1])
-    if x.device.type != "cpu" or x.dtype != recurrent_dtype(x) or x.numel() < 2**14:
+    if x.dtype != recurrent_dtype(x) or not compiled(x):
         return normalise_reference(x, weight, gate, eps=eps, mean=mean)
     if x.ndim != 4:
         y = normalise(

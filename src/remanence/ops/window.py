@@ -9,6 +9,7 @@ from torch import Tensor
 
 from remanence.errors import expect
 from remanence.ops.decay import recurrent_dtype, second_order
+from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -83,7 +84,7 @@ def window_attention(
     if not T:
         return value, value.new_zeros(value.shape[:3], dtype=recurrent_dtype(value)), after
     q = query.to(all_k.dtype)
-    if key.device.type == "cpu" and T > 1:
+    if T > 1 and compiled(q):
         p_k, p_v = (all_k[:, :, :0], all_v[:, :, :0]) if prefix is None else _wide_prefix(prefix, all_k)
         y, logsumexp = _Compiled.apply(q, all_k, all_v, p_k, p_v, seen, window)
     else:
@@ -126,14 +127,14 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, p_k: Tensor, p_v: Tensor, seen: Tensor, window: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import window_kernels as kernels
-        from remanence.ops.compiled import blank, flat, rows, spread
+        from remanence.ops.compiled import blank, flat, rows, spread_products
 
         B, H, T, K = q.shape
         y = blank(v[:, :, :T], 3)
         logsumexp = q.new_empty(B, H, T)
         how = H, T, min(max(window, 16), 64), window, K**-0.5
         inputs = *flat(q, 3), rows(k), rows(v), rows(p_k), rows(p_v), seen.numpy()
-        spread(kernels.forward, B * H, q.numel(), *how, *inputs, *flat(y, 3), rows(logsumexp))
+        spread_products(kernels.forward, B * H, q.numel(), *how, *inputs, *flat(y, 3), rows(logsumexp))
         ctx.save_for_backward(q, k, v, p_k, p_v, seen, y, logsumexp)
         ctx.how = how
         return y, logsumexp
@@ -141,7 +142,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import window_kernels as kernels
-        from remanence.ops.compiled import blank, flat, rows, spread
+        from remanence.ops.compiled import blank, flat, rows, spread_products
 
         q, k, v, p_k, p_v, seen, y, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
@@ -155,7 +156,9 @@ class _Compiled(torch.autograd.Function):
         found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v, p_k, p_v)]
         inputs = *flat(q, 3), rows(k), rows(v), rows(p_k), rows(p_v), seen.numpy(), *flat(y, 3), rows(logsumexp)
         given = *flat(grads[0], 3), rows(grads[1])
-        spread(kernels.backward, B * H, q.numel(), *ctx.how, *inputs, *given, *flat(d_q, 3), *(rows(x) for x in found))
+        spread_products(
+            kernels.backward, B * H, q.numel(), *ctx.how, *inputs, *given, *flat(d_q, 3), *(rows(x) for x in found)
+        )
         return d_q, *found, None, None
 
 
