@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remanence.catalogue import card
-from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
-from remanence.ops.omega import omega, omega_read, omega_state
+from remanence.memory.fast_weight import FastWeightMemory
+from remanence.memory.parts import ShortConv, l2_norm, split
+from remanence.ops.fast_weight import fast_weight
+from remanence.ops.omega import omega_delta
 from remanence.state import State
 
 SOURCE = "arXiv:2505.23735"
@@ -24,7 +24,7 @@ SMALL = {"dim": 8, "heads": 2, "window": 3, "expand": 2, "chunk_size": 4}
 class PolynomialFeatures(nn.Module):
     r"""All monomials up to a degree, weighted so that $φ(q)·φ(k) = \sum_{i ≤ p} a_i (q·k)^i$.
 
-    The $a_i ≥ 0$ are learned, from 1/i! at first, so that the kernel begins as the head of exp(q·k).
+    $a_i = r_i^2 / i!$ with r learned, 1 at first, so that the kernel begins as the head of exp(q·k).
 
     Args:
         width: features of the input.
@@ -42,12 +42,12 @@ class PolynomialFeatures(nn.Module):
         if min(width, degree) < 1:
             raise ValueError(f"PolynomialFeatures: width and degree must be at least 1, got {width} and {degree}.")
         self.features = math.comb(width + degree, degree)
-        self.root = nn.Parameter(torch.tensor([math.factorial(i) ** -0.5 for i in range(degree + 1)]))
+        self.root = nn.Parameter(torch.ones(degree + 1))
         for i in range(1, degree + 1):
             rows = list(combinations_with_replacement(range(width), i))
-            counts = [math.factorial(i) / math.prod(map(math.factorial, Counter(row).values())) for row in rows]
+            shares = [1 / math.prod(map(math.factorial, Counter(row).values())) for row in rows]  # how often, over i!
             self.register_buffer(f"index{i}", torch.tensor(rows), persistent=False)
-            self.register_buffer(f"share{i}", torch.tensor(counts, dtype=torch.float64).sqrt(), persistent=False)
+            self.register_buffer(f"share{i}", torch.tensor(shares, dtype=torch.float64).sqrt(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         root = self.root.to(x.dtype)
@@ -68,33 +68,23 @@ class PolynomialFeatures(nn.Module):
     parents=("titans",),
     change="a gated window of tokens in the loss, and polynomial features of the keys",
 )
-class OmegaNet(Memory):
+class OmegaNet(FastWeightMemory):
     r"""The Omega rule: $W_t = a_t W_{t-1} - θ_t \sum_{j<c} γ_{tj} ∇\tfrac12‖f(W_ξ, φ(k_{t-j})) - v_{t-j}‖^2$.
 
-    Read as $f(W_t, φ(q_t))$. $W_ξ$ are the weights as the token's chunk began; queries, keys and values are
-    SiLU(conv(W x)), the first two of unit length; $γ_{tj} = σ(w·x_t + b_j)$, $a$ and $θ$ depend on the token, one of
-    each per head. Every other memory of the paper that does not grow is this one with other arguments.
+    Read as $f(W_t, φ(q_t))$; $W_ξ$ are the weights as the token's chunk began, and a, θ, γ depend on the token. It is
+    `FastWeightMemory` with a window, over lifted keys.
 
     Args:
         dim: features of input and output; a multiple of `heads`.
-        heads: independent networks.
+        heads: independent memories.
         window: c, the tokens that each write fits; 1 is the rule of Titans.
-        degree: of the polynomial features; None leaves queries and keys as they are, and adds a skip to the network.
-        feature_dim: features per query and key before they are lifted to C(feature_dim + degree, degree); at most 16 by
-            default, dim/heads without features.
-        layers: depth of each network (1 is a matrix); `gated` makes it $W_3(σ(W_1 z) ⊙ W_2 z)$ instead.
-        expand: hidden features, as a multiple of dim/heads.
-        chunk_size: tokens that share an anchor; it belongs to the model. A matrix at 1 is trained in parallel all the
-            same, by a triangular solve.
-        objective: "squared", or "dot" for $-⟨f(φ(k)), v⟩$, which writes the same whatever is known (2 layers at most).
-        momentum, orthogonal: $S_t = η_t S_{t-1} - ∇ℓ_t$, and $W_t = a_t W_{t-1} + θ_t \mathrm{NS}(S_t)$.
-        max_step: the largest θ; gradient steps also stay within the bound of `ops.omega`.
-        conv: tokens that the convolutions see.
+        degree: of the polynomial features; None leaves queries and keys as they are, and adds a skip to a network.
+        feature_dim: features per query and key before they are lifted to C(feature_dim + degree, degree); dim/heads by
+            default, but at most 16.
+        answers: further arguments of `FastWeightMemory`; its structure cannot be "vector".
 
-    Shapes: x and y [batch, time, dim]; state {"net": {"anchor", "weight"(, "momentum"): {"0": [batch, heads, out, in],
-        ...}, "pos": int64 [batch], "window": {"key", "value": [batch, heads, window - 1, features]}}, "conv": {...}}.
-    Raises: `ValueError` on sizes below 1, a `dim` that is no multiple of `heads`, or a "dot" network that is deeper
-        than 2; `UnknownName` for an objective; `ShapeError`, `StateError`.
+    Shapes: x and y [batch, time, dim]; state {"net": that of `ops.fast_weight_state`, "conv": {"tail"}}.
+    Raises: `ValueError` for a degree or feature_dim below 1, and as `FastWeightMemory`.
     Source: ATLAS (2025), arXiv:2505.23735. Window, degree and the makers of the gates are not given there; a skip
         cannot join lifted keys to values of another width, and is left out.
     """
@@ -107,72 +97,32 @@ class OmegaNet(Memory):
         window: int = 8,
         degree: int | None = 2,
         feature_dim: int | None = None,
-        layers: int = 2,
-        gated: bool = False,
-        expand: int = 4,
-        chunk_size: int = 16,
-        objective: str = "squared",
-        momentum: bool = False,
-        orthogonal: bool = False,
-        max_step: float = 0.1,
+        structure: str = "mlp",
         conv: int = 4,
+        **answers: Any,
     ):
-        super().__init__()
-        name = type(self).__name__
-        V = per_head(name, dim, heads)
-        K = V if degree is None else feature_dim or min(V, 16)
-        if min(window, layers, expand, chunk_size, K) < 1:
-            given = f"{window=}, {layers=}, {expand=}, {chunk_size=}, feature_dim={K}"
-            raise ValueError(f"{name}: all sizes must be at least 1, got {given}.")
-        if objective == "dot" and (layers > 2 or gated):
-            raise ValueError(f"{name}: under the dot objective deeper networks than two layers diverge, got {layers=}.")
-        self.dim, self.heads, self.max_step, self.momentum = dim, heads, max_step, momentum
-        self.window, self.widths = window, (heads * K, heads * K, dim)
-        self.rule: dict[str, Any] = {
-            "chunk_size": chunk_size,
-            "objective": objective,
-            "orthogonal": orthogonal,
-            "residual": degree is None,
-            "gated": gated,
-        }
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
-        self.conv = ShortConv(sum(self.widths), conv)
+        if structure == "vector":
+            raise ValueError(f"{type(self).__name__}: a vector has no lifted keys; use FastWeightMemory.")
+        if degree is not None:
+            answers = {"residual": False, **answers}
+        super().__init__(dim, heads=heads, window=window, structure=structure, conv=conv, **answers)
+        K = dim // heads if degree is None else feature_dim if feature_dim is not None else min(dim // heads, 16)
+        self.widths = (heads * K, heads * K, dim)
         self.features = None if degree is None else PolynomialFeatures(K, degree)
-        first, hidden = K if self.features is None else self.features.features, expand * V
-        shapes = [(hidden, first), (hidden, first), (V, hidden)] if gated else []
-        widths = [first] + [hidden] * (layers - 1) + [V]
-        shapes = shapes or list(zip(widths[1:], widths[:-1], strict=True))
-        self.start = nn.ParameterList(torch.randn(heads, *shape) * shape[1] ** -0.5 for shape in shapes)
-        self.gates = nn.Linear(dim, 4 * heads)
-        nn.init.normal_(self.gates.weight, std=0.02)
-        with torch.no_grad():  # retain 0.993 to 0.9999 from head to head; half the largest step; momentum 0.9; γ 0.9
-            parts = torch.linspace(5, 9, heads), torch.zeros(heads), torch.full((2 * heads,), 2.2)
-            self.gates.bias.copy_(torch.cat(parts))
-        self.places = nn.Parameter(torch.zeros(heads, window))
-        self.readout = GatedReadout(dim, heads, V)
-
-    def initial_state(self, batch: int) -> State:
-        net = omega_state(list(self.start), batch, window=self.window, momentum=self.momentum)
-        return {"net": net, "conv": self.conv.initial_state(batch)}
+        if self.features is not None:
+            self.qkv, self.conv = nn.Linear(dim, sum(self.widths), bias=False), ShortConv(sum(self.widths), conv)
+            wider = self.features.features
+            for i in range(1 + self.gated):  # the layers that read keys
+                rows = self.start[i].shape[1]
+                self.start[i] = nn.Parameter(torch.randn(heads, rows, wider) * wider**-0.5)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
         q, k, v = (split(part, self.heads) for part in mixed.split(self.widths, -1))
-        retain, step, momentum, gate = wide(self.gates(x)).transpose(1, 2).chunk(4, dim=1)
-        step = self.max_step * step.sigmoid()
-        y, net = omega(
-            self.lift(q),
-            self.lift(k),
-            v,
-            step,
-            (gate[..., None] + wide(self.places)[:, None]).sigmoid(),
-            state["net"],
-            retain_log=F.logsigmoid(retain),
-            momentum_log=F.logsigmoid(momentum) if self.momentum else None,
-            bound=0.5,
-            **self.rule,
-        )
+        y, net = self.write(self.lift(q), self.lift(k), v, self.gate(x), state["net"])
+        if not y.detach().isfinite().all():
+            self.diverged(net)
         return self.readout(y, x), {"net": net, "conv": conv}
 
     def lift(self, x: Tensor) -> Tensor:
@@ -180,10 +130,22 @@ class OmegaNet(Memory):
         x = l2_norm(x)
         return x if self.features is None else self.features(x)
 
-    def recall(self, query: Tensor, state: State) -> Tensor:
-        """What the memory held when the open chunk began; queries [batch, heads, time, features] as `lift` gives."""
-        weights = list(state["net"]["anchor"].values())
-        return omega_read(query, weights, residual=self.rule["residual"], gated=self.rule["gated"])
+    def write(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], net: State) -> tuple[Tensor, State]:
+        """The recurrence: what each query reads, and the last state."""
+        return fast_weight(
+            q,
+            k,
+            v,
+            state=net,
+            **gates,
+            chunk_size=self.chunk_size,
+            objective=self.objective,
+            retention=self.retention,
+            orthogonal=self.orthogonal,
+            read=self.read,
+            bound=self.bound,
+            **self.form(),
+        )
 
 
 @card(
@@ -199,16 +161,14 @@ class Atlas(OmegaNet):
     r"""$S_t = η_t S_{t-1} - ∇ℓ_t(W_ξ)$, $W_t = a_t W_{t-1} + θ_t \mathrm{NS}_5(S_t)$, with the window's loss $ℓ_t$.
 
     Since no step depends on a gradient's size, none can diverge; each changes W by about θ. The weights of every token
-    are made (and made again for the gradient): the dearest of the family, by the heads' 2·expand·V² per token.
+    are made (and made again for the gradient): the dearest of the family.
 
-    Args: as `OmegaNet`.
+    Args: as `OmegaNet`; θ reaches 0.2·(1 - η).
     Source: ATLAS (2025), arXiv:2505.23735.
     """
 
-    def __init__(
-        self, dim: int, *, momentum: bool = True, orthogonal: bool = True, max_step: float = 0.02, **arguments: Any
-    ):
-        super().__init__(dim, momentum=momentum, orthogonal=orthogonal, max_step=max_step, **arguments)
+    def __init__(self, dim: int, *, optimizer: str = "muon", max_step: float = 0.2, **answers: Any):
+        super().__init__(dim, optimizer=optimizer, max_step=max_step, **answers)
 
 
 @card(
@@ -224,8 +184,8 @@ class Atlas(OmegaNet):
 class AtlasPlus(Atlas):
     """Atlas++: `Atlas` over a gated network, all of whose matrices are written. Args: as `OmegaNet`."""
 
-    def __init__(self, dim: int, *, gated: bool = True, **arguments: Any):
-        super().__init__(dim, gated=gated, **arguments)
+    def __init__(self, dim: int, *, structure: str = "gated", **answers: Any):
+        super().__init__(dim, structure=structure, **answers)
 
 
 @card(
@@ -239,17 +199,16 @@ class AtlasPlus(Atlas):
     change="a network instead of a matrix, trained on −⟨f(k), v⟩",
 )
 class DLA(OmegaNet):
-    r"""$W_t = a_t W_{t-1} + θ_t ∇⟨f(W_ξ, φ(k_t)), v_t⟩$: two layers that feed each other's growth, so θ stays below
-    a share of 1 - a (the bound of `ops.omega`).
+    r"""$W_t = a_t W_{t-1} + θ_t ∇⟨f(W_ξ, φ(k_t)), v_t⟩$.
 
-    Args: as `OmegaNet`; `layers` is 1 or 2.
+    Two layers that feed each other's growth: the bound of `ops.fast_weight` keeps it below what the decay undoes.
+
+    Args: as `OmegaNet`.
     Source: ATLAS (2025), arXiv:2505.23735.
     """
 
-    def __init__(
-        self, dim: int, *, window: int = 1, objective: str = "dot", degree: int | None = None, **arguments: Any
-    ):
-        super().__init__(dim, window=window, objective=objective, degree=degree, **arguments)
+    def __init__(self, dim: int, *, window: int = 1, objective: str = "dot", degree: int | None = None, **answers: Any):
+        super().__init__(dim, window=window, objective=objective, degree=degree, **answers)
 
 
 @card(
@@ -262,10 +221,10 @@ class DLA(OmegaNet):
     parents=("linear-attention",),
     change="a gated window of tokens in every write",
 )
-class SWLA(OmegaNet):
+class SWLA(DLA):
     r"""$W_t = a_t W_{t-1} + θ_t \sum_{j<c} γ_{tj} v_{t-j} φ(k_{t-j})^\top$: a matrix, so the chunk changes only speed.
 
-    Args: as `OmegaNet`; θ reaches 1 by default.
+    Args: as `OmegaNet`; θ reaches 1.
     Source: ATLAS (2025), arXiv:2505.23735, whose baseline has c = 2.
     """
 
@@ -274,15 +233,13 @@ class SWLA(OmegaNet):
         dim: int,
         *,
         window: int = 2,
-        objective: str = "dot",
-        degree: int | None = None,
-        layers: int = 1,
+        structure: str = "matrix",
         chunk_size: int = 64,
         max_step: float = 1.0,
-        **arguments: Any,
+        **answers: Any,
     ):
-        arguments |= {"degree": degree, "layers": layers, "chunk_size": chunk_size, "max_step": max_step}
-        super().__init__(dim, window=window, objective=objective, **arguments)
+        answers |= {"structure": structure, "chunk_size": chunk_size, "max_step": max_step}
+        super().__init__(dim, window=window, **answers)
 
 
 @card(
@@ -291,19 +248,29 @@ class SWLA(OmegaNet):
     kind="memory",
     says="The Omega rule on a matrix, exact at every token: a delta rule that corrects a window of tokens at once.",
     source=SOURCE,
-    small={"dim": 8, "heads": 2, "window": 3},
+    small={"dim": 8, "heads": 2, "window": 3, "optimizer": "momentum"},
     parents=("gated-deltanet", "omeganet"),
     change="each write corrects the memory's answers to a window of tokens",
 )
 class OmegaDelta(OmegaNet):
     r"""$W_t = a_t W_{t-1} - θ_t \sum_{j<c} γ_{tj} (W_{t-1} φ(k_{t-j}) - v_{t-j}) φ(k_{t-j})^\top$.
 
-    No anchor: every error is the error before its own write. Trained in parallel by a triangular solve over (token,
-    place in the window).
+    No anchor: every error is the error before its own write. Trained in parallel by a triangular solve.
 
-    Args: as `OmegaNet`; θ reaches 1 by default, and θγ half of 1/(c‖φ(k)‖²).
+    Args: as `OmegaNet`, of which it has `window`, `degree`, `feature_dim` and `conv`;
+        optimizer: "gradient" or "momentum".
+        max_step: the largest θ; each θγ is also at most `bound`/(c‖φ(k)‖²).
+    Raises: `ValueError` for another optimizer.
     Source: ATLAS (2025), arXiv:2505.23735; the parallel form is derived here.
     """
 
-    def __init__(self, dim: int, *, layers: int = 1, chunk_size: int = 1, max_step: float = 1.0, **arguments: Any):
-        super().__init__(dim, layers=layers, chunk_size=chunk_size, max_step=max_step, **arguments)
+    def __init__(self, dim: int, *, heads: int = 4, optimizer: str = "gradient", max_step: float = 1.0, **answers: Any):
+        if optimizer not in ("gradient", "momentum"):
+            raise ValueError(f"OmegaDelta: optimizer must be 'gradient' or 'momentum', got {optimizer!r}.")
+        answers = {"optimizer": optimizer, "max_step": max_step, **answers}
+        super().__init__(dim, heads=heads, structure="matrix", chunk_size=1, residual=False, **answers)
+
+    def write(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], net: State) -> tuple[Tensor, State]:
+        gate = gates.pop("window", None)
+        gate = torch.ones_like(gates["step"])[..., None] if gate is None else gate
+        return omega_delta(q, k, v, gate=gate, state=net, bound=self.bound, **gates)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from remanence.catalogue import Check, proof
 from remanence.memory.atlas import PolynomialFeatures
-from remanence.ops.omega import omega, omega_state
+from remanence.ops.fast_weight import fast_weight, fast_weight_state
+from remanence.ops.omega import omega_delta
 
 PAIRS, WIDTH, TOKENS = 40, 8, 48
 
@@ -44,9 +45,9 @@ def _teacher(window: int) -> float:
     teacher, fresh = normal(16, 16), normal(500, 16)
     seen = [key[:, max(0, t + 1 - window) : t + 1] for t in range(TOKENS)]
     step = torch.stack([0.9 / torch.linalg.matrix_norm(k, ord=2).square() for k in seen], -1)
-    state = omega_state([key.new_zeros(1, 16, 16)], 4, window=window, momentum=False)
+    state = fast_weight_state([key.new_zeros(1, 16, 16)], 4, window=window, momentum=False)
     k, v, gate = key[:, None], (key @ teacher.mT)[:, None], key.new_ones(4, 1, TOKENS, window)
-    _, state = omega(k, k, v, step[:, None], gate, state, chunk_size=1)
+    _, state = omega_delta(k, k, v, step[:, None], gate, state)
     return (fresh @ (state["weight"]["0"][:, 0] - teacher).mT).square().mean().item()
 
 
@@ -63,9 +64,10 @@ def _singular(orthogonal: bool) -> tuple[float, float]:
     """The extreme singular values of one write of 24 tokens."""
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(1, 1, 24, 8, generator=g, dtype=torch.float64) for _ in range(3))
-    state = omega_state([torch.zeros(1, 8, 8, dtype=torch.float64)], 1, window=24)
+    state = fast_weight_state([torch.zeros(1, 8, 8, dtype=torch.float64)], 1, window=24)
     last = F.one_hot(torch.tensor([[23]]), 24).double()
     gate = last[..., None].expand(1, 1, 24, 24)
-    _, state = omega(q, k, v, last, gate, state, momentum_log=last * 0, chunk_size=24, orthogonal=orthogonal)
+    steps = 5 if orthogonal else 0
+    _, state = fast_weight(q, k, v, last, state, momentum_log=0 * last, window=gate, chunk_size=24, orthogonal=steps)
     values = torch.linalg.svdvals(state["weight"]["0"][0, 0])
     return values.min().item(), values.max().item()
