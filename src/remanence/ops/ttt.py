@@ -131,11 +131,18 @@ def ttt(
         T, y = tensors[0].shape[2], []
         for q, k, v, theta in zip(*(x.split(piece_sizes(T, phase, chunk), 2) for x in tensors), strict=True):
             c = average[phase : phase + q.shape[2], None]
-            out, total = _piece(q, k, v, theta, c, scale, shift, anchor, total if phase else None)
+            out, inputs, deltas = _piece(q, k, v, theta, c, scale, shift, anchor, total if phase else None)
             y.append(out)
-            phase = (phase + q.shape[2]) % chunk
-            if not phase:
+            phase_after = (phase + q.shape[2]) % chunk
+            if phase:
+                total = [_plus(S, d, x) for S, d, x in zip(total, deltas, inputs, strict=True)]
+            if not phase_after and phase:
                 anchor = [W - c[-1] * S for W, S in zip(anchor, total, strict=True)]
+            elif not phase_after:  # a whole chunk: its sum of steps is never made
+                anchor = [_plus(W, -c[-1] * d, x) for W, d, x in zip(anchor, deltas, inputs, strict=True)]
+            elif not phase:
+                total = [d.mT @ x for d, x in zip(deltas, inputs, strict=True)]
+            phase = phase_after
         if not phase:
             total = [torch.zeros_like(S) for S in total]
         named = [dict(zip(names, x, strict=True)) for x in (anchor, total)]
@@ -155,8 +162,8 @@ def _piece(
     shift: Tensor,
     anchor: list[Tensor],
     total: list[Tensor] | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Tokens of one chunk: what they read, and the sum of steps after the last."""
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Tokens of one chunk: what they read, and by layer the inputs x and the steps' δ: a token's step is δ xᵀ."""
     inputs, slopes = [F.pad(k, (0, 1), value=1.0)], []
     for W in anchor[:-1]:
         h = inputs[-1] @ W.mT
@@ -171,16 +178,20 @@ def _piece(
     deltas = [e * (inverse * step[..., None])]
     for W, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
         deltas.append(deltas[-1] @ W[..., :-1] * slope)
-    z, after = q, []
-    for depth, (x, delta, W) in enumerate(zip(inputs, reversed(deltas), anchor, strict=True)):
+    deltas.reverse()
+    z = q
+    for depth, (x, delta, W) in enumerate(zip(inputs, deltas, anchor, strict=True)):
         z = F.pad(F.gelu(z, approximate="tanh") if depth else z, (0, 1), value=1.0)
         moved = (z @ x.mT).tril() @ delta
         if total is not None:
             moved = moved + z @ total[depth].mT
         z = z @ W.mT - average * moved
-        written = delta.mT @ x
-        after.append(written if total is None else total[depth] + written)
-    return q + _norm(z, scale, shift), after
+    return q + _norm(z, scale, shift), inputs, deltas
+
+
+def _plus(W: Tensor, delta: Tensor, x: Tensor) -> Tensor:
+    """W + Σ δ xᵀ, in one pass over W."""
+    return torch.baddbmm(*(t.flatten(0, 1) for t in (W, delta.mT, x))).view_as(W)
 
 
 class _GeluSlope(torch.autograd.Function):
