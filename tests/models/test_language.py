@@ -20,6 +20,7 @@ def tokens(time=20, rows=1, seed=0):
 
 
 def test_patterns():
+    assert parse_pattern("2*atlas++, gla") == ["atlas++", "atlas++", "gla"]
     assert parse_pattern("2*gla, sliding-window") == ["gla", "gla", "sliding-window"]
     assert parse_pattern("gla") == ["gla"]
     for wrong in ("", "2*", "gla,,gla", "gla gla", "0*gla", "*gla"):

@@ -29,7 +29,7 @@ def parse_pattern(pattern: str) -> list[str]:
     """
     layers: list[str] = []
     for part in pattern.split(","):
-        found = re.fullmatch(r"(?:(\d+)\s*\*\s*)?([\w-]+)", part.strip())
+        found = re.fullmatch(r"(?:(\d+)\s*\*\s*)?([\w+-]+)", part.strip())
         if not found:
             raise ValueError(f"A pattern reads like '3*gated-deltanet, sliding-window', got {pattern!r}.")
         layers += [found[2]] * int(found[1] or 1)
