@@ -51,6 +51,18 @@ def test_ttt_is_its_reference_at_any_cut(layers, T, cuts):
         close(grads(got, state, leaves), grads(want, want_state, leaves))
 
 
+@pytest.mark.parametrize("begun", [0, 3])
+def test_what_is_made_again_for_the_gradient_is_the_same(begun):
+    leaves = inputs(23, 2)
+    sequence, fixed, start = leaves[:4], leaves[4:7], ttt_state(leaves[7:], B)
+    start = ttt(*(x[:, :, :begun] for x in sequence), *fixed, start)[1]
+    rest = [x[:, :, begun:] for x in sequence]
+    want, got = ttt(*rest, *fixed, start), ttt(*rest, *fixed, start, checkpoint=2)
+    close(got[0], want[0])
+    close(flatten(got[1]), flatten(want[1]))
+    close(grads(*got, leaves), grads(*want, leaves))
+
+
 def test_rows_may_stand_at_different_positions():
     leaves = inputs(13, 2)
     sequence, fixed, start = leaves[:4], leaves[4:7], ttt_state(leaves[7:], B)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +41,8 @@ class TTTLinear(Memory):
         conv: tokens of two short convolutions, one for queries and one for keys, which then share their projection
             (the authors' "Mamba backbone"); 0 for neither, with projections of their own.
         gate: whether there is a gate, as in the Mamba backbone.
+        checkpoint: chunks that training makes again for the gradient instead of keeping them (the authors take 4); 0
+            keeps all.
 
     Shapes: x and y [batch, time, dim]; state {"net": {"anchor", "sum": {"0": [batch, heads, out, in + 1], ...}, "pos":
         int64 [batch]}}, and with `conv` {"conv": {"tail": [batch, conv - 1, 2·dim]}}.
@@ -57,14 +61,16 @@ class TTTLinear(Memory):
         base: float = 1.0,
         conv: int = 0,
         gate: bool = False,
+        checkpoint: int = 0,
     ):
         super().__init__()
         name = type(self).__name__
         K = per_head(name, dim, heads, multiple=2)
-        if min(layers, expand, chunk_size) < 1 or conv < 0:
+        if min(layers, expand, chunk_size) < 1 or min(conv, checkpoint) < 0:
             given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}, conv={conv}"
             raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, conv at least 0, got {given}.")
         self.dim, self.heads, self.head_dim, self.chunk_size, self.base = dim, heads, K, chunk_size, base
+        self.checkpoint = checkpoint
         self.qkv = nn.Linear(dim, (2 if conv else 3) * dim, bias=False)
         self.conv = ShortConv(2 * dim, conv, bias=True) if conv else None
         self.step = nn.Linear(dim, heads)
@@ -99,7 +105,9 @@ class TTTLinear(Memory):
         count = torch.arange(1, self.chunk_size + 1, device=x.device)
         average = (1 / count + wide(self.average)).clamp(min=0)
         norm = wide(self.scale), wide(self.shift)
-        y, after["net"] = ttt(q, k, split(v, self.heads), step, average, *norm, state["net"])
+        y, after["net"] = ttt(
+            q, k, split(v, self.heads), step, average, *norm, state["net"], checkpoint=self.checkpoint
+        )
         y = self.norm(merge(y).to(x.dtype))
         y = y if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * y
         return self.out(y), after
@@ -136,9 +144,6 @@ class TTTMLP(TTTLinear):
         expand: int = 4,
         chunk_size: int = 16,
         base: float = 0.1,
-        conv: int = 0,
-        gate: bool = False,
+        **others: Any,
     ):
-        super().__init__(
-            dim, heads=heads, layers=layers, expand=expand, chunk_size=chunk_size, base=base, conv=conv, gate=gate
-        )
+        super().__init__(dim, heads=heads, layers=layers, expand=expand, chunk_size=chunk_size, base=base, **others)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,6 +105,8 @@ def ttt(
     scale: Tensor,
     shift: Tensor,
     state: State,
+    *,
+    checkpoint: int = 0,
 ) -> tuple[Tensor, State]:
     """A normalised network memory over a sequence, a chunk at a time; equal to `ttt_reference`.
 
@@ -115,6 +118,8 @@ def ttt(
         average: c, [chunk]: as many tokens share an anchor.
         scale, shift: of the norm, [H, K].
         state: from `ttt_state`, or as an earlier call returned it. Rows may stand at different positions.
+        checkpoint: chunks whose intermediate results are made again for the gradient, instead of being kept; 0 keeps
+            all, which is faster and takes more memory.
 
     Returns: what each query reads after its own token [B, H, T, K], and the state, of constant size.
     Raises: `ShapeError`.
@@ -124,28 +129,40 @@ def ttt(
         return value, state
     wide = recurrent_dtype(query)
     average, scale, shift = (x.to(wide) for x in (average, scale, shift))
-    names, chunk = list(state["anchor"]), len(average)
+    names, chunk, depth = list(state["anchor"]), len(average), len(state["anchor"])
+
+    def span(phase: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Some tokens from a phase of a chunk on: what they read, and the anchor and sums after them."""
+        sequence, W, S = tensors[:4], list(tensors[4 : 4 + depth]), list(tensors[4 + depth :])
+        y = []
+        for q, k, v, theta in zip(*(x.split(piece_sizes(x.shape[2], phase, chunk), 2) for x in sequence), strict=True):
+            c = average[phase : phase + q.shape[2], None]
+            out, inputs, deltas = _piece(q, k, v, theta, c, scale, shift, W, S if phase else None)
+            y.append(out)
+            after = (phase + q.shape[2]) % chunk
+            if phase:
+                S = [_plus(total, d, x) for total, d, x in zip(S, deltas, inputs, strict=True)]
+            if phase and not after:
+                W = [anchor - c[-1] * total for anchor, total in zip(W, S, strict=True)]
+            elif not after:  # a whole chunk: its sum of steps is never made
+                W = [_plus(anchor, -c[-1] * d, x) for anchor, d, x in zip(W, deltas, inputs, strict=True)]
+            elif not phase:
+                S = [d.mT @ x for d, x in zip(deltas, inputs, strict=True)]
+            phase = after
+        return torch.cat(y, 2), *W, *(S if phase else [torch.zeros_like(total) for total in S])
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
-        anchor, total = list(state["anchor"].values()), list(state["sum"].values())
+        held = [*state["anchor"].values(), *state["sum"].values()]
         T, y = tensors[0].shape[2], []
-        for q, k, v, theta in zip(*(x.split(piece_sizes(T, phase, chunk), 2) for x in tensors), strict=True):
-            c = average[phase : phase + q.shape[2], None]
-            out, inputs, deltas = _piece(q, k, v, theta, c, scale, shift, anchor, total if phase else None)
+        most = checkpoint * chunk if checkpoint and torch.is_grad_enabled() else T + phase
+        for piece in zip(*(x.split(piece_sizes(T, phase, most), 2) for x in tensors), strict=True):
+            if most < T + phase:
+                out, *held = torch.utils.checkpoint.checkpoint(span, phase, *piece, *held, use_reentrant=False)
+            else:
+                out, *held = span(phase, *piece, *held)
             y.append(out)
-            phase_after = (phase + q.shape[2]) % chunk
-            if phase:
-                total = [_plus(S, d, x) for S, d, x in zip(total, deltas, inputs, strict=True)]
-            if not phase_after and phase:
-                anchor = [W - c[-1] * S for W, S in zip(anchor, total, strict=True)]
-            elif not phase_after:  # a whole chunk: its sum of steps is never made
-                anchor = [_plus(W, -c[-1] * d, x) for W, d, x in zip(anchor, deltas, inputs, strict=True)]
-            elif not phase:
-                total = [d.mT @ x for d, x in zip(deltas, inputs, strict=True)]
-            phase = phase_after
-        if not phase:
-            total = [torch.zeros_like(S) for S in total]
-        named = [dict(zip(names, x, strict=True)) for x in (anchor, total)]
+            phase = (phase + out.shape[2]) % chunk
+        named = [dict(zip(names, x, strict=True)) for x in (held[:depth], held[depth:])]
         return torch.cat(y, 2), {"anchor": named[0], "sum": named[1], "pos": state["pos"] + T}
 
     y, after = by_phase(run, [x.to(wide) for x in (query, key, value, step)], state, state["pos"], chunk)
