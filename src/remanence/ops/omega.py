@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from remanence.errors import StateError, expect
 from remanence.ops.decay import floored, recurrent_dtype
-from remanence.ops.fast_weight import Coefficients, fast_weight_chunk, momentum_coefficients
+from remanence.ops.fast_weight import Coefficients, momentum_coefficients
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -107,22 +107,27 @@ def omega_delta(
         n = k.shape[2]
         k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
         keys, values = k[:, :, n:], v[:, :, n:]
-        k, v = (x.unfold(2, c, 1).flip(-1).mT.flatten(2, 3) for x in (k, v))  # (token, place in its window)
+        places = torch.arange(c - 1, n + c - 1, device=k.device)[:, None] - torch.arange(c, device=k.device)
+        places = places.flatten()  # (token, place in its window) -> row of k
         pair = theta[..., None] * gamma
         if bound is not None:
             left = -torch.expm1(rest[0])[..., None] if rest else 1.0
-            safe = 1 / (k.square().sum(-1) + 1e-12)
+            safe = 1 / (k.square().sum(-1).index_select(2, places) + 1e-12)
             pair = torch.minimum(pair, left * (bound / c) * safe.unflatten(2, (n, c)))
         rule = momentum_coefficients(torch.ones_like(theta), a_log, rest[0] if rest else None)
-        errors, rule = _solved(k, v, pair, rule, W, S)
-        out, [W], pushed = fast_weight_chunk(q, [k], [errors], [W], None if S is None else [S], rule)
-        S = None if pushed is None else pushed[0]
-        y.append(out)
+        errors, rule = _solved(k, v, places, pair, rule, W, S)
+        scores = (q @ k.mT).index_select(3, places) * rule.write
+        read = rule.retain[..., None] * (q @ W.mT) - scores @ errors
+        if S is not None:
+            assert rule.push is not None
+            read = read + rule.push[..., None] * (q @ S.mT)
+        y.append(read)
+        W, S = _written(k, places, errors, rule, W, S)
     return torch.cat(y, 2).to(query.dtype), _after(state, W, S, keys, values, query.shape[2])
 
 
 def _solved(
-    k: Tensor, v: Tensor, pair: Tensor, rule: Coefficients, W: Tensor, S: Tensor | None
+    k: Tensor, v: Tensor, places: Tensor, pair: Tensor, rule: Coefficients, W: Tensor, S: Tensor | None
 ) -> tuple[Tensor, Coefficients]:
     """The errors W_{t−1} k_{t−j} − v_{t−j} of all pairs, and the rule that writes them.
 
@@ -135,14 +140,33 @@ def _solved(
         """The coefficients of one token earlier, for every pair: [B, H, n, ...] to [B, H, n·c, ...]."""
         return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first).repeat_interleave(c, -2)
 
-    known = before(rule.retain[..., None], 1.0) * (k @ W.mT) - v
+    known = before(rule.retain[..., None], 1.0) * (k @ W.mT).index_select(2, places) - v.index_select(2, places)
     if S is not None:
         assert rule.push is not None
-        known = known + before(rule.push[..., None]) * (k @ S.mT)
-    system = before(rule.write).repeat_interleave(c, -1) * spread * (k @ k.mT)
+        known = known + before(rule.push[..., None]) * (k @ S.mT).index_select(2, places)
+    alike = (k @ k.mT).index_select(2, places).index_select(3, places)
+    system = before(rule.write).repeat_interleave(c, -1) * spread * alike
     errors = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     tail = None if rule.tail is None else rule.tail.repeat_interleave(c, -1) * spread[..., 0, :]
     return errors, rule._replace(write=rule.write.repeat_interleave(c, -1) * spread, tail=tail)
+
+
+def _written(
+    k: Tensor, places: Tensor, errors: Tensor, rule: Coefficients, W: Tensor, S: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The last W and S. Errors of one key at several places are added up before they meet it."""
+
+    def outer(coefficients: Tensor) -> Tensor:
+        empty = errors.new_zeros(*k.shape[:3], errors.shape[3])
+        return empty.index_add(2, places, coefficients[..., None] * errors).mT @ k
+
+    last = rule.retain[..., -1, None, None] * W - outer(rule.write[..., -1, :])
+    if S is None:
+        return last, None
+    assert rule.push is not None
+    assert rule.tail is not None
+    assert rule.keep is not None
+    return last + rule.push[..., -1, None, None] * S, rule.keep[..., None, None] * S - outer(rule.tail)
 
 
 def _window(state: State) -> tuple[Tensor, Tensor]:
