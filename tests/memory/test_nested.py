@@ -133,8 +133,9 @@ def test_levels_chain_add_up_restart_and_retrofit():
     torch.testing.assert_close(chain(x), mixer(mixer(x)))
     beside = ContinuumMemory(8, (1, 4), combine="independent", level=lambda: copy.deepcopy(mixer))
     torch.testing.assert_close(beside(x), mixer(x))
-    paces = [(p.clock.period, p.clock.restart) for p in clocked(ContinuumMemory(8, (1, 4, 8), nested=True)).parts]
-    assert paces == [(1, 4), (4, 8), (8, None)]
+    nested = clocked(ContinuumMemory(8, (1, 4, 8), nested=True, follow=0.5))
+    paces = [(p.clock.period, p.clock.restart, p.clock.follow) for p in nested.parts]
+    assert paces == [(1, 4, 0.5), (4, 8, 0.5), (8, None, 0.0)]
     for wrong, message in (((), "periods"), ((0,), "periods"), ((4, 1), "increase")):
         with pytest.raises(ValueError, match=message):
             ContinuumMemory(8, wrong, nested=True)

@@ -47,6 +47,8 @@ class ContinuumMemory(nn.Module):
         periods: $C^{(1)}, …, C^{(k)}$ in optimiser steps.
         combine: `"sequential"`, or `"independent"`: $Σ_ℓ w_ℓ M^{(ℓ)}(x)$ with learned $w$, 1/k each at first.
         nested: let each update of a level restart the one before it, which needs increasing periods.
+        follow: in [0, 1]: at a restart a level's start moves by this share to where the level ended, so that it is
+            learned at the slower pace; 0 keeps the first start.
         level: makes one level. A trained mixer's copies retrofit a model: `level=lambda: copy.deepcopy(mixer)`.
 
     Shapes: x and y [..., dim].
@@ -61,6 +63,7 @@ class ContinuumMemory(nn.Module):
         *,
         combine: Literal["sequential", "independent"] = "sequential",
         nested: bool = False,
+        follow: float = 0.0,
         level: Callable[[], nn.Module] | None = None,
     ):
         super().__init__()
@@ -76,6 +79,7 @@ class ContinuumMemory(nn.Module):
             made.update_period = periods[i]  # type: ignore[assignment]
             if nested and i + 1 < len(periods):
                 made.restart_period = periods[i + 1]  # type: ignore[assignment]
+                made.restart_follow = follow  # type: ignore[assignment]
         if combine == "independent":
             self.weights = nn.Parameter(torch.full((len(periods),), 1 / len(periods)))
 

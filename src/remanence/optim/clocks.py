@@ -217,8 +217,8 @@ def clocked(
         model: the model that learns.
         periods: name of a module or parameter, as in `model.named_parameters()`, -> period. The longest name that
             fits a parameter counts; "" names the whole model. Where none fits, the nearest module around it that
-            declares an `update_period` (and perhaps a `restart_period`) does, as the levels of `ContinuumMemory` do;
-            else 1.
+            declares an `update_period` (and perhaps a `restart_period` and `restart_follow`) does, as the levels of
+            `ContinuumMemory` do; else 1.
         make: parameters -> optimiser, for each pace.
 
     Raises: `UnknownName` for a name that no parameter has.
@@ -233,18 +233,20 @@ def clocked(
         if not any(prefix in _around(name) for name in names):
             raise unknown("part of the model", prefix, {part for name in names for part in _around(name)})
     modules = dict(model.named_modules())
-    paces: dict[tuple[int, int | None], list[nn.Parameter]] = {}
+    paces: dict[tuple[int, int | None, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         named = next((given[part] for part in _around(name) if part in given), None)
         declared = (modules[part] for part in _around(name) if hasattr(modules.get(part), "update_period"))
         around = next(declared, None)
-        pace = (named, None) if named is not None else (1, None)
+        pace: tuple[int, int | None, float] = (1 if named is None else named, None, 0.0)
         if named is None and around is not None:
-            pace = (int(around.update_period), getattr(around, "restart_period", None))
+            restart, follow = getattr(around, "restart_period", None), getattr(around, "restart_follow", 0.0)
+            pace = int(around.update_period), restart, follow
         paces.setdefault(pace, []).append(p)
-    return Clocks(*(Clock(paces[pace], pace[0], make, restart=pace[1]) for pace in sorted(paces, key=lambda x: x[0])))
+    ordered = sorted(paces, key=lambda pace: pace[0])
+    return Clocks(*(Clock(paces[p], p[0], make, restart=p[1], follow=p[2]) for p in ordered))
 
 
 def _around(name: str) -> Iterator[str]:
