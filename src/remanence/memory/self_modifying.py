@@ -62,7 +62,7 @@ class SelfModifyingTitans(Memory):
     Source: Nested Learning (2025), arXiv:2512.24695, equations 83 to 93. Open there, and chosen here: the biases of
         the gates (a from 0.98 to 0.999 at the start), the rule of the second layers, s (a re-implementation has 10⁻³,
         at which little is learned from short texts), and the bound. Values of unit length are not in the paper:
-        without them targets that a network makes for itself outgrow every bound within some hundred tokens.
+        without them, at this s, targets that untrained networks make for themselves overflow within 2,000 tokens.
     """
 
     def __init__(
