@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +190,11 @@ def test_the_proof():
     system, control = atlas()
     assert system.holds
     assert not control.holds
+
+
+def test_the_examples_of_the_docs_run():
+    page = Path(__file__).parents[2] / "docs" / "atlas.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})

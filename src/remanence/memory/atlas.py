@@ -53,8 +53,10 @@ class PolynomialFeatures(nn.Module):
         root = self.root.to(x.dtype)
         blocks = [root[0].expand(*x.shape[:-1], 1)]
         for i in range(1, len(root)):
-            monomials = x[..., getattr(self, f"index{i}")].prod(-1)
-            blocks.append(root[i] * getattr(self, f"share{i}").to(x.dtype) * monomials)
+            block = root[i] * getattr(self, f"share{i}").to(x.dtype)
+            for factor in getattr(self, f"index{i}").unbind(1):
+                block = block * x.index_select(-1, factor)
+            blocks.append(block)
         return torch.cat(blocks, -1)
 
 
