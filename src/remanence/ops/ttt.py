@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, expect
@@ -181,11 +182,11 @@ def _piece(
     total: list[Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Tokens of one chunk: what they read, and by layer the inputs x and the steps' δ: a token's step is δ xᵀ."""
-    inputs, slopes = [F.pad(k, (0, 1), value=1.0)], []
+    inputs, hidden = [F.pad(k, (0, 1), value=1.0)], []
     for W in anchor[:-1]:
         h = inputs[-1] @ W.mT
         inputs.append(F.pad(F.gelu(h, approximate="tanh"), (0, 1), value=1.0))
-        slopes.append(_GeluSlope.apply(h))
+        hidden.append(h)
     h = inputs[-1] @ anchor[-1].mT
     centred = h - h.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -193,8 +194,8 @@ def _piece(
     e = (unit * scale[:, None] + shift[:, None] - v + k) * scale[:, None]
     e = e - e.mean(-1, keepdim=True) - unit * (e * unit).mean(-1, keepdim=True)
     deltas = [e * (inverse * step[..., None])]
-    for W, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
-        deltas.append(deltas[-1] @ W[..., :-1] * slope)
+    for W, h in zip(reversed(anchor[1:]), reversed(hidden), strict=True):
+        deltas.append(_GeluGradient.apply(deltas[-1] @ W[..., :-1], h))
     deltas.reverse()
     z = q
     for depth, (x, delta, W) in enumerate(zip(inputs, deltas, anchor, strict=True)):
@@ -211,28 +212,25 @@ def _plus(W: Tensor, delta: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm(*(t.flatten(0, 1) for t in (W, delta.mT, x))).view_as(W)
 
 
-class _GeluSlope(torch.autograd.Function):
-    """The derivative of GELU's tanh form, with its own derivative in one go."""
+class _GeluGradient(torch.autograd.Function):
+    """δ ⊙ GELU′(h), of the tanh form, in one pass; and its own gradient, which autograd would not find."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        t, s, rise = _tanh_parts(x)
-        return 0.5 * (1 + t + x * s * rise)
+    def forward(ctx: Any, delta: Tensor, h: Tensor) -> Tensor:
+        ctx.save_for_backward(delta, h)
+        return torch.ops.aten.gelu_backward(delta, h, approximate="tanh")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        t, s, rise = _tanh_parts(x)
-        bend = 6 * 0.044715 * math.sqrt(2 / math.pi) * x
-        return grad * s * (rise + 0.5 * x * (bend - 2 * t * rise.square()))
-
-
-def _tanh_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """tanh u, 1 − tanh² u and u′ for u = √(2/π) (x + 0.044715 x³)."""
-    a, square = math.sqrt(2 / math.pi), x.square()
-    t = (a * x * (1 + 0.044715 * square)).tanh()
-    return t, 1 - t.square(), a * (1 + 3 * 0.044715 * square)
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        delta, h = ctx.saved_tensors
+        # with u = √(2/π) (h + 0.044715 h³): GELU″ = (1 − tanh²u) (u′ + h (u″/2 − u′² tanh u))
+        a, square = math.sqrt(2 / math.pi), h.square()
+        t = (h * square.mul(0.044715 * a).add_(a)).tanh_()
+        rise = square.mul(3 * 0.044715 * a).add_(a)
+        bend = square.mul_(3 * 0.044715 * a).addcmul_(rise.square() * h, t, value=-1).add_(rise)
+        bend.mul_(t.square_().neg_().add_(1)).mul_(grad).mul_(delta)
+        return torch.ops.aten.gelu_backward(grad, h, approximate="tanh"), bend
 
 
 def _check(
