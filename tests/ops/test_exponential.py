@@ -93,19 +93,37 @@ def deep(T, seed=1):
     leaves = [q, k, v, step.requires_grad_(), retain.requires_grad_(), W.requires_grad_()]
     zero = torch.zeros(B, H, 0, K, dtype=torch.float64)
     state = {"keys": zero, "values": zero.new_zeros(B, H, 0, HIDDEN), "logs": zero[..., :1]}
-    rows = W.expand(B, H, V, HIDDEN)
-    state |= {"weight": rows, "anchor": rows, "since": zero.new_zeros(B, H), "position": torch.zeros(B).long()}
+    moved = torch.zeros(B, H, V, HIDDEN, dtype=torch.float64)
+    state |= {"weight": moved, "anchor": moved, "since": zero.new_zeros(B, H), "position": torch.zeros(B).long()}
     return leaves, state
+
+
+def test_the_deep_form_neither_explodes_nor_dies():
+    leaves, state = deep(1)
+    q, k, v, step, retain, start = (x.detach() for x in leaves)
+    q, k, v = (x.repeat(1, 1, 1500, 1) for x in (q, k, F.normalize(v, dim=-1)))
+    retain = torch.full_like(q[..., 0], -0.05)
+    step = 0.5 * -torch.expm1(retain)
+    y, end = deep_exponential(q, k, v, step, retain, start, state)
+    assert y[:, :, -1].norm() > 0.1 * y[:, :, 50].norm()
+    assert end["weight"].norm() < start.norm() * B
+    y, _ = deep_exponential(q, k, v, 20 * step, retain, start, state)
+    assert not y.norm() < 1e6
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 64])
 @pytest.mark.parametrize("cuts", [[], [5], [0, 1, 1, 7], list(range(1, 10))])
 def test_the_deep_form_at_any_cut_is_the_recurrence(chunk_size, cuts):
     leaves, state = deep(10)
-    want, _ = run(deep_exponential_reference, leaves[:5], state, chunk_size=chunk_size)
-    got, end = run(deep_exponential, leaves[:5], state, cuts, chunk_size=chunk_size)
+    want, _ = deep_exponential_reference(*leaves, state, chunk_size=chunk_size)
+    _, whole = deep_exponential(*leaves, state, chunk_size=chunk_size)
+    pieces = []
+    for part in zip(*(x.tensor_split(cuts, dim=2) for x in leaves[:5]), strict=True):
+        y, state = deep_exponential(*part, leaves[5], state, chunk_size=chunk_size)
+        pieces.append(y)
+    got = torch.cat(pieces, 2)
     close(got, want)
-    close(flatten(end), flatten(run(deep_exponential, leaves[:5], state, chunk_size=chunk_size)[1]))
+    close(flatten(state), flatten(whole))
     close(torch.autograd.grad(got.sin().sum(), leaves), torch.autograd.grad(want.sin().sum(), leaves))
 
 
@@ -121,4 +139,4 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(UnknownName, match="did you mean 'dot'"):
         exponential_memory(q, k, v, gate, empty(), objective="dott")
     with pytest.raises(ShapeError, match=r"deep_exponential: step must be \[batch=2, heads=2, time=3\]"):
-        deep_exponential(q, k, v, gate, gate[..., 0], {})
+        deep_exponential(q, k, v, gate, gate[..., 0], torch.zeros(H, V, HIDDEN), {})

@@ -169,7 +169,8 @@ class DeepTransformer(_Growing):
     r"""DLA over φ*: $f(q) = W_2 σ(W_1 φ^*(q))$, $W_t = a_t W_{t-1} + θ_t ∇⟨f(W_ξ, k_t), v_t⟩$.
 
     The paper's rule has no decay; but its layers feed each other's growth without end, so here θ is a share of
-    (1 - a)/2 and values have at most unit length, which bounds both layers for streams of any length.
+    (1 - a)/2 and values have at most unit length, which bounds both layers for streams of any length. $W_2$ decays
+    towards its learned start: at zero both layers would stay zero.
 
     Args:
         dim: features of input and output; a multiple of `heads`.
@@ -195,13 +196,13 @@ class DeepTransformer(_Growing):
 
     def initial_state(self, batch: int) -> State:
         like, H = self.qkv.weight, self.heads
-        start = wide(self.start).expand(batch, *self.start.shape)
+        moved = zeros(like, batch, *self.start.shape)
         return {
             "keys": zeros(like, batch, H, 0, self.head_dim),
             "values": zeros(like, batch, H, 0, self.start.shape[2]),
             "logs": zeros(like, batch, H, 0, 1),
-            "weight": start,
-            "anchor": start,
+            "weight": moved,
+            "anchor": moved.clone(),
             "since": zeros(like, batch, H),
             "position": torch.zeros(batch, dtype=torch.int64, device=like.device),
             "conv": self.conv.initial_state(batch),
@@ -216,5 +217,6 @@ class DeepTransformer(_Growing):
         retain, step = wide(self.gates(x)).transpose(1, 2).chunk(2, dim=1)
         step = 0.5 * retain.neg().sigmoid() * step.sigmoid()
         memory = {name: part for name, part in state.items() if name != "conv"}
-        y, after = deep_exponential(q, k, v, step, F.logsigmoid(retain), memory, chunk_size=self.chunk_size)
+        decay = F.logsigmoid(retain)
+        y, after = deep_exponential(q, k, v, step, decay, self.start, memory, chunk_size=self.chunk_size)
         return self.readout(y, x), {**self.settle(after, state), "conv": conv}

@@ -115,7 +115,15 @@ def exponential_memory(
 
 
 def deep_exponential_reference(
-    query: Tensor, key: Tensor, value: Tensor, step: Tensor, retain_log: Tensor, state: State, *, chunk_size: int = 16
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    retain_log: Tensor,
+    start: Tensor,
+    state: State,
+    *,
+    chunk_size: int = 16,
 ) -> tuple[Tensor, State]:
     """The definition of `deep_exponential`, token by token, with the decayed coefficients at hand; only its outputs."""
     keys, anchor = state["keys"], state["anchor"]
@@ -132,10 +140,10 @@ def deep_exponential_reference(
             floored(retain_log[:, :, now, None]).exp(),
         )
         h = kernel(k, keys) @ was
-        slope = torch.func.grad(lambda h: (F.gelu(h) @ anchor.mT * v).sum())(h)  # noqa: B023
+        slope = torch.func.grad(lambda h: (F.gelu(h) @ (start + anchor).mT * v).sum())(h)  # noqa: B023
         keys, held = torch.cat([keys, k], 2), torch.cat([a * held, theta * slope], 2)
         W = a * W + theta * v.mT @ F.gelu(h)
-        y.append(F.gelu(kernel(query[:, :, now], keys) @ held) @ W.mT)
+        y.append(F.gelu(kernel(query[:, :, now], keys) @ held) @ (start + W).mT)
         open_now = (open_now + 1) % chunk_size
         was, anchor = (F.pad(was, (0, 0, 0, 1)), anchor) if open_now else (held, W)
     return torch.cat(y, 2), {}
@@ -143,20 +151,30 @@ def deep_exponential_reference(
 
 @tapped
 def deep_exponential(
-    query: Tensor, key: Tensor, value: Tensor, step: Tensor, retain_log: Tensor, state: State, *, chunk_size: int = 16
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Tensor,
+    retain_log: Tensor,
+    start: Tensor,
+    state: State,
+    *,
+    chunk_size: int = 16,
 ) -> tuple[Tensor, State]:
     r"""Two layers under the dot objective, the first over exponential features: $f(q) = W_2 σ(W_1 φ(q))$.
 
-    $W_t = a_t W_{t-1} + θ_t ∇⟨f(W_ξ, k_t), v_t⟩$ in both layers, gradients taken where the token's chunk began.
-    The layers feed each other's growth; with ‖v‖ ≤ 1 it cannot outrun the decay while θ ≤ (1 − a)/2.
+    $W_t = a_t W_{t-1} + θ_t ∇⟨f(W_ξ, k_t), v_t⟩$ in both layers, gradients taken where the token's chunk began; the
+    second decays towards `start` and not to zero, where both would stay for good. The layers feed each other's growth;
+    with ‖v‖ ≤ 1 it cannot outrun the decay while θ ≤ (1 − a)/2.
 
     Args:
         query, key: [B, H, T, K], T ≥ 0. value: [B, H, T, V].
         step, retain_log: θ and log a ≤ 0 (clamped at −60), [B, H, T].
+        start: of the second layer, [H, V, F].
         state: {"keys" [B, H, N, K]; "values" [B, H, N, F], the first layer's coefficients as they were written, and
-            "logs" [B, H, N, 1], their decay since; "weight" and "anchor" [B, H, V, F], the second layer now and as the
-            chunk began; "since" [B, H], the log decay since then; "position" int64 [B]}. Each row's tokens lie at the
-            end of its N places; others hold zeros.
+            "logs" [B, H, N, 1], their decay since; "weight" and "anchor" [B, H, V, F], what the second layer has moved
+            by now and as the chunk began; "since" [B, H], the log decay since then; "position" int64 [B]}. Each row's
+            tokens lie at the end of its N places; others hold zeros.
         chunk_size: tokens per anchor; part of the definition.
 
     Returns: y [B, H, T, V] and the state, with N + T places. Time and memory are quadratic in what was read.
@@ -166,11 +184,13 @@ def deep_exponential(
     B, H, T, K = query.shape
     expect("deep_exponential", "key", key, "batch heads time features", batch=B, heads=H, time=T, features=K)
     expect("deep_exponential", "value", value, "batch heads time features", batch=B, heads=H, time=T)
+    expect("deep_exponential", "start", start, "heads values hidden", heads=H, values=value.shape[3])
     for name, gate in (("step", step), ("retain_log", retain_log)):
         expect("deep_exponential", name, gate, "batch heads time", batch=B, heads=H, time=T)
     if T == 0:
         return value, state
     wide = recurrent_dtype(value)
+    start = start.to(wide)
     inputs = [x.to(wide) for x in (query, key, value, step)] + [floored(retain_log.to(wide))]
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
@@ -181,12 +201,12 @@ def deep_exponential(
             old = keys.shape[2] - phase
             h = (kernel(k, keys[:, :, :old]) * (logs[:, :, :old].mT - since[..., None, None]).exp()) @ held[:, :, :old]
             x, slope = F.gelu(h), torch.special.ndtr(h) + h * (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
-            delta = v @ anchor * slope
+            delta = v @ (start + anchor) * slope
             rule, G = momentum_coefficients(theta, g, None), cumulative(g, -1).to(wide)
             decay = rule.retain[..., None]
             z = decay * ((kernel(q, keys) * logs.mT.exp()) @ held) + (kernel(q, k) * rule.write) @ delta
             z = F.gelu(z)
-            y.append(decay * (z @ W.mT) + (z @ x.mT * rule.write) @ v)
+            y.append(z @ start.mT + decay * (z @ W.mT) + (z @ x.mT * rule.write) @ v)
             W = decay[:, :, -1:] * W + (v * rule.write[:, :, -1, :, None]).mT @ x
             logs = torch.cat([logs + G[..., -1:, None], (G[..., -1:] - G)[..., None]], 2)
             keys, held = torch.cat([keys, k], 2), torch.cat([held, theta[..., None] * delta], 2)
