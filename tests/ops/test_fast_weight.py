@@ -242,13 +242,15 @@ def ruled(rule, T=11, layers=2):
         more["threshold"] = 0.5 + normal(B, H, T).abs()
     if count := rule.pop("window", 0):
         more["window"] = normal(B, H, T, count).sigmoid()
-    if rule.get("norm"):
+    if not rule.get("norm"):
+        rule.pop("norm", None)
+    else:
         rule["norm"] = tuple(1 + 0.3 * normal(H, K).requires_grad_() for _ in range(2))
         leaves = leaves + [x.detach().requires_grad_() for x in rule["norm"]]
         rule["norm"] = tuple(leaves[-2:])
     if gated:
         weights = [(0.7 * normal(H, *s)).requires_grad_() for s in ((4, K), (4, K), (K, 4))]
-        leaves = [x for x in leaves if x.ndim != 3 or x.shape[0] != H or x.shape[1] == T] + weights
+        leaves = [*inputs, *gates.values(), *rule.get("norm", ()), *weights]
     leaves = leaves + [x.requires_grad_() for x in more.values()]
     state = fast_weight_state(
         weights, B, momentum=order, window=count or 1, thresholds="threshold" in more, retention=rule.get("retention")
@@ -266,6 +268,37 @@ def test_every_rule_is_the_recurrence(name, cuts):
     close(got, want)
     close(flatten(got_state), flatten(want_state))
     close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(1, 13),
+    cuts=st.lists(st.integers(0, 13), max_size=3).map(sorted),
+    chunk_size=st.sampled_from([1, 3, 5, 64]),
+    rule=st.fixed_dictionaries(
+        {
+            "order": st.integers(0, 2),
+            "window": st.sampled_from([0, 2, 4]),
+            "objective": st.sampled_from([OBJECTIVES[n] for n in ("squared", "dot", "huber-coordinate", "shifted")]),
+            "retention": st.sampled_from([None, RETENTIONS["lq"], RETENTIONS["softmax"]]),
+            "read": st.sampled_from(["after", "before", "anchor"]),
+            "gated": st.booleans(),
+            "norm": st.booleans(),
+            "residual": st.booleans(),
+        }
+    ),
+    remake=st.booleans(),
+)
+def test_any_mixture_of_rules_is_the_recurrence_at_any_cut(T, cuts, chunk_size, rule, remake):
+    inputs, gates, leaves, state, rule = ruled(rule | {"bound": 0.5}, T)
+    want, want_state = run(fast_weight_reference, inputs, gates, state, chunk_size, **rule)
+    got, got_state = run(
+        fast_weight, inputs, gates, state, chunk_size, [min(c, T) for c in cuts], remake=remake, **rule
+    )
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    if want.abs().max() < 1e3:
+        close(grads(got, got_state, leaves), grads(want, want_state, leaves), 1e-8)
 
 
 @pytest.mark.parametrize("name", RETENTIONS)

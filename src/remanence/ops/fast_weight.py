@@ -519,6 +519,7 @@ def fast_weight(
     orthogonal: int = 0,
     read: str = "after",
     bound: float | None = None,
+    remake: bool = False,
     coefficients: Callable[..., Coefficients] = momentum_coefficients,
 ) -> tuple[Tensor, State]:
     """A network memory over a sequence, a chunk at a time; equal to `fast_weight_reference`.
@@ -549,6 +550,8 @@ def fast_weight(
             unbounded steps, which add up at one anchor, may diverge. The dot product has no error to mend, but in a
             network it lets layers feed each other's growth: its steps are kept at or below (1 − η) · (1 − a) · bound ·
             √out / ‖u‖ in every layer, so that none outgrows its decay. None: θ as given.
+        remake: make what happens within a chunk again for the gradient rather than keep it: of every chunk only the
+            state is kept (the nonlinear rules always do so). Changes time and memory, never the result.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
             a call may cut a chunk, the rule must compose: two pieces in turn equal one.
 
@@ -565,7 +568,6 @@ def fast_weight(
     inputs = {name: x.to(wide) for name, x in given.items() if x is not None}
     inputs |= {name: floored(x) for name, x in inputs.items() if name.endswith("_log")}
     norm = None if norm is None else (norm[0].to(wide), norm[1].to(wide))
-    reach = 0 if window is None else window.shape[3] - 1
     orders = [name for name in ("momentum", "second") if name in state]
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
 
@@ -612,12 +614,14 @@ def fast_weight(
         S = [t for name in orders for t in state[name].values()] if orders else None
         T, at, y = x["query"].shape[2], 0, []
         past = state.get("window", {})
-        whole = {n: torch.cat([past[n], x[n]], 2) if n in past else x[n] for n in SEEN if n in x}
-        for n in piece_sizes(T, phase, chunk_size):
-            part = {name: t[:, :, at : at + n] for name, t in x.items()}
-            seen = {name: t[:, :, at : at + n + reach] for name, t in whole.items()}
+        sizes = piece_sizes(T, phase, chunk_size)
+        for tokens in zip(*(t.split(sizes, 2) for t in x.values()), strict=True):
+            part = dict(zip(x, tokens, strict=True))
+            n = part["query"].shape[2]
+            seen = {i: torch.cat([past[i], part[i]], 2) if i in past else part[i] for i in SEEN if i in part}
+            past = {i: seen[i][:, :, n:] for i in past}
             arguments = (part, seen, state["pos"] + at, anchor, W, S)
-            if nonlinear and torch.is_grad_enabled():
+            if (remake or nonlinear) and torch.is_grad_enabled():
                 out, W, S = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 out, W, S = piece(*arguments)
@@ -630,8 +634,7 @@ def fast_weight(
             return dict(zip(state["weight"], x[part * len(W) : (part + 1) * len(W)], strict=True))
 
         moved = [named(S, i) if i < len(orders) else None for i in range(2)]
-        kept = {name: t[:, :, t.shape[2] - reach :] for name, t in whole.items()} if reach else None
-        return torch.cat(y, 2), _pack(named(anchor), named(W), moved[0], moved[1], kept, state["pos"] + T)
+        return torch.cat(y, 2), _pack(named(anchor), named(W), moved[0], moved[1], past or None, state["pos"] + T)
 
     if query.shape[2] == 0:
         return value, state
