@@ -97,7 +97,7 @@ def delta_network(
         squares = [_square(x) * _square(d) for x, d in zip(inputs, deltas, strict=True)]
         step = torch.minimum(step, bound * _square(deltas[-1]) / (torch.stack(squares).sum(0) + 1e-12))
     retain_log = floored(retain_log)
-    a, z, after = retain_log.exp(), query, []
+    a, total, z, after = retain_log.exp(), retain_log.sum(-1).exp()[..., None, None], query, []
     for depth, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
         if z is not None:
             z = F.gelu(z) if depth else z
@@ -105,11 +105,15 @@ def delta_network(
         if depth == 0:
             # the rule decays first; the error that it would see after the decay is scaled back
             y, S = gated_delta_rule(ahead, x, -a[..., None] * delta, step / a, retain_log, {"S": W.mT})
-        else:
+            after.append(S["S"].mT)
+        elif z is not None:
             y, S = linear_attention(ahead, x, -step[..., None] * delta, retain_log, {"S": W.mT})
+            after.append(S["S"].mT)
+        else:
+            left = retain_log.sum(-1, keepdim=True) - retain_log.cumsum(-1)
+            after.append(total * W - (delta * (step * left.exp())[..., None]).mT @ x)
         if z is not None:
             z = torch.cat([z[:, :, :1] @ W.mT, y[:, :, :-1]], 2)
-        after.append(S["S"].mT)
     if z is not None and residual:
         assert query is not None
         z = query + z
