@@ -21,8 +21,6 @@ from remanence.state import State
     says="A matrix memory that answers with the best linear map over all it was told, older pairs counting less.",
     source="arXiv:2506.05233",
     small={"dim": 8, "heads": 2},
-    parents=("gla",),
-    change="the squared error solved exactly, in place of a sum of outer products",
 )
 class Mesa(Memory):
     r"""$H ← γH + βkk^\top$, $G ← γG + βkv^\top$, $y = G^\top (H + \mathrm{diag} λ)^{-1} q$.

@@ -129,8 +129,6 @@ class TTTLinear(Memory):
     says="TTT-MLP: a normalised two-layer perceptron, trained by mini-batch gradient descent on what it reads.",
     source=SOURCE,
     small={"dim": 8, "heads": 2, "chunk_size": 4, "conv": 4, "gate": True},
-    parents=("ttt",),
-    change="a perceptron in place of the linear map",
 )
 class TTTMLP(TTTLinear):
     """`TTTLinear` with two layers, four times as wide between them, and a tenth of the inner learning rate."""
