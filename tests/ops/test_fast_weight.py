@@ -80,6 +80,22 @@ def compare(T, layers, momentum, chunk_size, cuts=(), V=K, **options):
     close(grads(got, got_state, leaves), grads(want, want_state, leaves))
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    "rule", [{"read": "before"}, {"residual": True, "bound": 0.5}, {"read": "anchor", "bound": 1.0}]
+)
+def test_a_matrix_that_learns_from_every_token_is_the_recurrence(order, rule):
+    (q, k, v), gates, weights, leaves = draw(71, 1, order > 0)
+    if order == 2:
+        gates["second_log"] = F.logsigmoid(torch.linspace(-3, 3, 71, dtype=torch.float64).expand(B, H, -1))
+    state = fast_weight_state(weights, B, momentum=order)
+    want, want_state = run(fast_weight_reference, (q, k, v), gates, state, 1, **rule)
+    got, got_state = run(fast_weight, (q, k, v), gates, state, 1, [5, 5, 70], **rule)
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("momentum", [True, False])
 def test_chunked_is_the_recurrence(layers, momentum):

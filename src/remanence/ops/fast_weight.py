@@ -14,6 +14,9 @@ Because the gradients of a chunk share their anchor, what remains is linear in $
 $W_t = A_t W + F_t S - \sum_{i\le t} K_{ti} u_i$. And because each $u_i$ is an outer product $\delta_i x_i^\top$ in
 every layer, $W_t z = A_t W z + F_t S z - \sum_{i\le t} K_{ti} (x_i\cdot z)\,\delta_i$ needs no weights per token.
 
+A matrix under the squared error learns from every token at its own weights (chunk size 1) without a loop over tokens:
+its errors solve one triangular system per 64 tokens.
+
 Whatever else a rule may be is an argument: the loss (`ops.objectives`), a window of tokens whose losses are summed (K
 times a band), a second momentum (one more product in K), a nonlinear retention (`ops.retention`), steps that are
 orthogonalised, and when the memory is read. The last two kinds of rule are not linear in the gradients: they make the
@@ -471,7 +474,10 @@ def fast_weight_reference(
             left = 1.0 if eta is None else 1 - eta[:, :, now]
             left = left if eta2 is None else left * (1 - eta2[:, :, now])
             if objective.targets:
-                most = along / (size.square() + 1e-12) / chunk_size
+                plain = len(W) == 1 and isinstance(objective, Squared) and norm is None and retention is None
+                ratio = along / (size.square() + 1e-12)
+                ratio = 1 / (_square(key[:, :, now]) + 1e-12) if plain and window is None else ratio
+                most = ratio / chunk_size
             else:
                 most = (1 - a[:, :, now]) / (growth.amax(0) + 1e-12)
             if objective.targets or len(W) > 1 or norm is not None:
@@ -569,12 +575,17 @@ def fast_weight(
     inputs |= {name: floored(x) for name, x in inputs.items() if name.endswith("_log")}
     norm = None if norm is None else (norm[0].to(wide), norm[1].to(wide))
     orders = [name for name in ("momentum", "second") if name in state]
+    plain = len(state["weight"]) == 1 and isinstance(objective, Squared) and norm is None and retention is None
+    plain = plain and window is None  # ‖e‖² / ‖u‖² is 1 / ‖k‖², whatever the error
+    exact = plain and chunk_size == 1 and not orthogonal
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
 
     def piece(
         x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
     ) -> tuple[Tensor, Weights, Weights | None]:
         factors = None if retention is None or not retention.frozen else [retention.factor(A) for A in anchor]
+        if exact:
+            return _token_exact(x, W, S, bound, residual, read, coefficients)
         fixed = anchor if retention is None else [retention.link(A) for A in anchor]
         near, deltas, along = _inner(
             seen["key"], seen["value"], fixed, residual, gated, norm, objective, seen.get("threshold")
@@ -614,7 +625,7 @@ def fast_weight(
         S = [t for name in orders for t in state[name].values()] if orders else None
         T, at, y = x["query"].shape[2], 0, []
         past = state.get("window", {})
-        sizes = piece_sizes(T, phase, chunk_size)
+        sizes = piece_sizes(T, 0, TOGETHER) if exact else piece_sizes(T, phase, chunk_size)
         for tokens in zip(*(t.split(sizes, 2) for t in x.values()), strict=True):
             part = dict(zip(x, tokens, strict=True))
             n = part["query"].shape[2]
@@ -640,6 +651,42 @@ def fast_weight(
         return value, state
     y, state = by_phase(run, list(inputs.values()), state, state["pos"], chunk_size)
     return y.to(dtype), state
+
+
+TOGETHER = 64
+"""Tokens whose errors one triangular system gives."""
+
+
+def _token_exact(
+    x: dict[str, Tensor],
+    W: Weights,
+    S: Weights | None,
+    bound: float | None,
+    residual: bool,
+    read: str,
+    coefficients: Callable[..., Coefficients],
+) -> tuple[Tensor, Weights, Weights | None]:
+    """A matrix under the squared error at chunk size 1: every token's error, at the weights before it, by one solve.
+
+    The errors obey Δ_t = W_{t−1} k_t − v_t, and W_{t−1} holds those before: (I + K' ∘ Key Keyᵀ) Δ = A' Key Wᵀ + F' Key
+    Sᵀ − V, with the coefficients of the weights before each token.
+    """
+    k, theta = x["key"], x["step"]
+    logs = [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
+    if bound is not None:
+        most = _ceiling([_square(k)], torch.ones_like(theta), W, None, logs, 1, True)
+        theta = torch.minimum(theta, bound * most)
+    c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
+    before = _shifted(c)
+    known = _scaled(k, W[0].mT, before.retain) - (x["value"] - k if residual else x["value"])
+    if S is not None and before.push is not None:
+        known = known + _scaled(k, S[0].mT, before.push)
+        if before.second is not None:
+            known = known + _scaled(k, S[1].mT, before.second.push)
+    system = before.write * (k @ k.mT)  # strictly below the diagonal; the solver supplies the ones on it
+    error = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    reads = c if read == "after" else before
+    return fast_weight_chunk(x["query"], [k], [error], W, S, c, residual=residual, reads=reads)
 
 
 SEEN = ("key", "value", "threshold")
