@@ -251,6 +251,13 @@ def test_what_is_only_looked_at_leaves_no_trace():
     assert torch.equal(*ends)
 
 
+def test_a_restarted_part_is_watched_once():
+    net = network()
+    course = list(losses(net, Clocks(Clock(net, 1, lambda _: DeltaGradientDescent(net, lr=0.3), restart=2)), 5))
+    assert [len(layer._forward_hooks) for layer in (net[0], net[3])] == [1, 1]
+    assert course[0] == course[2] == course[4] != course[1]
+
+
 def test_a_gradient_of_zero_or_none_does_no_harm():
     for name, make in MAKERS.items():
         net = network()

@@ -99,6 +99,7 @@ class _Part:
         for p, start in zip(self.parameters, self.start, strict=True):
             p.copy_(start.lerp_(p, self.clock.follow))
         rates = [group["lr"] for group in self.optimizer.param_groups]
+        getattr(self.optimizer, "close", lambda: None)()  # those that watch a model must not go on watching
         self.optimizer, self.sums = self.clock.make(self.parameters), {}
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
