@@ -366,3 +366,9 @@ def test_the_schedule_scales_the_rates():
     for piece in pieces():
         one.observe(piece)
     assert all(torch.equal(p, weights[n]) for n, p in one.model.named_parameters())
+
+
+def test_a_checkpoint_takes_one_number_of_a_slice(tmp_path):
+    tokens = torch.arange(12).reshape(3, 4)
+    checkpoint.write(tmp_path / "c", {"last": tokens[:1, -1], "odd": torch.zeros(1, 3, dtype=torch.bfloat16)})
+    assert checkpoint.read(tmp_path / "c")["last"].tolist() == [3]

@@ -95,7 +95,9 @@ def _write_safetensors(f: BinaryIO, tensors: Mapping[str, Tensor], metadata: Map
     header += b" " * (-len(header) % 8)
     f.write(len(header).to_bytes(8, "little") + header)
     for t in tensors.values():
-        f.write(t.reshape(-1).view(torch.uint8).numpy().data)
+        # one number of a slice calls itself contiguous with a stride of more than 1
+        flat = t.reshape(-1).as_strided((t.numel(),), (1,))
+        f.write(flat.view(torch.uint8).numpy().data)
 
 
 def read(path: Path) -> Any:

@@ -177,11 +177,10 @@ def _contexts(t, q, s):
 @njit(cache=True)
 def _find(t, s, nibble_context, insert):
     """The slot of each context for the half byte to come; a new context takes the least used of three places."""
-    mask = t.check.size - 1
     found = 0
     for i in range(N):
         h = _hash(s.hashes[i], nibble_context)
-        at = h & mask
+        at = ((h & 0xFFFFFFFF) * t.check.size) >> 32
         check = np.uint16((h >> 44) & 0xFFFF)
         best = -1
         low = 1000

@@ -74,7 +74,7 @@ class CountingModel:
     """Predicts the next byte from counts of what followed in many contexts, and learns each byte once it is known.
 
     Args:
-        size: "small" (under 8 MB), "default" (about 100 MB), or the number of bits of the slot table's index.
+        size: "small" (under 8 MB), "default" (about 80 MB), or s for ¾ · 2ˢ slots in the table.
         neural: whether a neural network's byte distribution may be given, as one more opinion for the gates to weigh.
         seed: kept for the sake of one interface; counting draws no random numbers.
 
@@ -101,7 +101,7 @@ class CountingModel:
         k = kernels
         follow, weight, guess = bit_histories()
         odds = (np.arange(4096) + 0.5) / 4096
-        direct_bits = min(size, 19)
+        places, direct_bits = 3 << (size - 2), min(size, 19)
         self._scratch = k.Scratch(
             next_state=follow,
             weight=weight,
@@ -127,8 +127,8 @@ class CountingModel:
         match = np.full((2, 32, 8, 2), 0.5, np.float32)
         match[..., 0], match[..., 1] = 0.1, 0.9
         self._tables = k.Tables(
-            check=np.zeros(1 << size, np.uint16),
-            slots=np.zeros((1 << size) * 16 + 16, np.uint8),
+            check=np.zeros(places, np.uint16),
+            slots=np.zeros(places * 16 + 16, np.uint8),
             history_p=np.tile(guess, domains * k.N),
             history_n=np.zeros(domains * k.N * 256, np.uint16),
             run_p=np.full(domains * k.N * k.RUNS * 4, 0.7, np.float32),

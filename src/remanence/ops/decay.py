@@ -43,5 +43,9 @@ def second_order(
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through the same function in differentiable operations."""
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-    found = iter(torch.autograd.grad(plain(*inputs), wanted, grads, create_graph=True, allow_unused=True))
+    outputs = plain(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    reached = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
+    ys, gs = [y for y, _ in reached], [g for _, g in reached]
+    found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in needed)

@@ -124,7 +124,7 @@ class Member:
 
 def family() -> dict[str, Member]:
     """The members by id: what cards say of parents and change goes before the table."""
-    told = {c.system.id: c for c in catalogue.cards().values() if c.parents}
+    told = {c.system.id: c for c in catalogue.cards().values() if c.parents and c.system.family == "linear"}
     members = {}
     for id in KIN | told:
         kin, own = KIN.get(id, Kin("", "tool")), told.get(id)
