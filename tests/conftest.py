@@ -1,6 +1,13 @@
+import os
+
 import pytest
+import torch
 
 from remanence.ops import dispatch
+
+# read when Triton is first imported, which PyTorch does by itself: without a GPU, its kernels are interpreted
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import dispatch
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
@@ -42,7 +43,12 @@ def scan(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tens
         return scan_reference(log_decay, b, state)
     log_decay, b = log_decay.to(dtype).contiguous(), b.to(dtype).contiguous()
     start = b.new_zeros(B, D) if state is None else state["h"].to(dtype).contiguous()
-    h = (_Scan.apply if b.device.type == "cpu" else _scan_by_doubling)(log_decay, b, start)
+    if dispatch.triton(b):
+        from remanence.ops.gpu.scan import Scan
+
+        h = Scan.apply(log_decay, b, start)
+    else:
+        h = (_Scan.apply if b.device.type == "cpu" else _scan_by_doubling)(log_decay, b, start)
     return h, {"h": h[:, -1]}
 
 

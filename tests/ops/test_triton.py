@@ -1,0 +1,70 @@
+"""The Triton kernels against the loops: through Triton's interpreter, or on a GPU where there is one."""
+
+import pytest
+import torch
+
+from remanence.ops import dispatch, scan, scan_reference
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'remanence[triton]'")
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE, TOLERANCE = ("cuda", torch.float32, 1e-4) if GPU else ("cpu", torch.float64, 1e-9)
+
+
+def through_triton(op, **options):
+    """The op by its kernels, from and to tensors like the loop's."""
+
+    def run(*inputs, state=None):
+        given = None if state is None else {name: x.to(DEVICE, DTYPE) for name, x in state.items()}
+        with dispatch.triton_everywhere():
+            y, state = op(*(x.to(DEVICE, DTYPE) for x in inputs), state=given, **options)
+        return y.cpu().double(), {name: x.cpu().double() for name, x in state.items()}
+
+    return run
+
+
+def hard(inputs):
+    """The last input, a log decay, with nothing forgotten at some tokens and all of it at others."""
+    *others, g = inputs
+    dice = torch.rand(g.shape, generator=torch.Generator().manual_seed(0))
+    g = g.detach().masked_fill(dice < 0.2, 0.0).masked_fill(dice > 0.8, -13.8).masked_fill(dice > 0.95, -1e4)
+    return [*others, g.requires_grad_()]
+
+
+def test_where_the_kernels_run():
+    assert not dispatch.triton(torch.ones(3))
+    with dispatch.triton_everywhere():
+        assert dispatch.triton(torch.ones(3))
+    assert not dispatch.triton(torch.ones(3))
+
+
+def decays_and_inputs(draw, T, B=2, D=5):
+    noise = draw(T)
+    b = noise(B, T, D)
+    return [b, (-3 * noise(B, T, D).abs()).detach().requires_grad_()]
+
+
+def scan_last(op):
+    """A scan whose log decay is its last input, as it is in the other ops."""
+    return lambda b, g, state=None: op(g, b, state=state)
+
+
+@pytest.mark.parametrize(("T", "cuts", "D"), [(2, [], 5), (37, [10], 5), (70, [], 130)])
+def test_scan(obeys, draw, T, cuts, D):
+    inputs = hard(decays_and_inputs(draw, T, D=D))
+    state = {"h": draw(9)(2, D)}
+    obeys(scan_last(through_triton(scan)), scan_last(scan_reference), inputs, cuts, state, axis=1, tolerance=TOLERANCE)
+
+
+def test_the_law_notices_a_lost_state(obeys, draw):
+    def forgetful(b, g, state=None):
+        return through_triton(scan)(g, b)
+
+    with pytest.raises(AssertionError):
+        obeys(forgetful, scan_last(scan_reference), decays_and_inputs(draw, 8), [4], axis=1)
+
+
+@pytest.mark.skipif(GPU, reason="the kernels were compiled, not interpreted")
+def test_second_derivatives_are_those_of_the_loop(draw):
+    b, g = decays_and_inputs(draw, 4, B=1, D=2)
+    assert torch.autograd.gradgradcheck(lambda g, b: through_triton(scan)(g, b)[0], (g, b))
