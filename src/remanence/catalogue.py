@@ -177,11 +177,16 @@ def find(id: str, kind: str) -> Card:
     return known[id]
 
 
+def working() -> set[str]:
+    """The systems that have a member and a proof."""
+    return {c.system.id for c in cards().values()} & proofs().keys()
+
+
 def tally() -> str:
     """How many published systems work, in a sentence."""
-    published = [s.id for s in systems().values() if s.kind != "baseline"]
-    working = {c.system.id for c in cards().values()} & proofs().keys() & set(published)
-    return f"{len(working)} of {len(published)} published systems work, each with a proof; the rest are to come."
+    published = {s.id for s in systems().values() if s.kind != "baseline"}
+    count = len(working() & published)
+    return f"{count} of {len(published)} published systems work, each with a proof; the rest are to come."
 
 
 def page() -> str:
@@ -192,5 +197,5 @@ def page() -> str:
         for c in cards(kind).values():
             lines.append(f"| `{c.id}` | {c.says} | {c.system.title} ({c.system.year}), {c.source} |")
         lines.append("")
-    to_come = sorted(s.id for s in systems().values() if s.kind != "baseline" and s.id not in proofs())
+    to_come = sorted(s.id for s in systems().values() if s.kind != "baseline" and s.id not in working())
     return "\n".join([*lines, "## To come", "", ", ".join(f"`{i}`" for i in to_come) or "Nothing."])

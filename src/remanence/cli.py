@@ -195,16 +195,14 @@ def systems(
         for line in (json.dumps(asdict(m) | {"depth": d}) for d, m in members) if as_json else family_tree.tree():
             typer.echo(line)
         return
-    cards, proofs, table = catalogue.cards(), catalogue.proofs(), catalogue.systems()
+    cards, working = catalogue.cards(), catalogue.working()
     if kind is not None and kind not in (kinds := {c.kind for c in cards.values()}):
         raise RemanenceError(f"There is no kind {kind!r}; known: {', '.join(sorted(kinds))}.")
     shown = [c for c in cards.values() if kind in (None, c.kind)]
     if as_json:
-        by_system = {c.system.id: c for c in cards.values()}
-        for system in table.values():
-            works = system.id in by_system and system.id in proofs
+        for system in catalogue.systems().values():
             entry = {"id": system.id, "title": system.title, "year": system.year, "family": system.family}
-            typer.echo(json.dumps(entry | {"kind": system.kind, "works": works}))
+            typer.echo(json.dumps(entry | {"kind": system.kind, "works": system.id in working}))
         return
     if markdown:
         typer.echo(catalogue.page())
@@ -220,7 +218,7 @@ def systems(
         out.add_column("proof")
         for c in (c for c in shown if c.kind == name):
             paper = [c.system.title] if wide else []
-            out.add_row(c.id, c.says, *paper, c.system.year, "yes" if c.system.id in proofs else "no")
+            out.add_row(c.id, c.says, *paper, c.system.year, "yes" if c.system.id in working else "no")
         console.print(out)
         console.print()
     console.print(catalogue.tally())

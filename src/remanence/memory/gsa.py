@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.lightnet import running_logsumexp
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
 from remanence.ops.expgate import EMPTY
 from remanence.ops.slots import slots
 from remanence.state import State
@@ -48,7 +48,7 @@ class GSA(Memory):
         self.head_dim = per_head(type(self).__name__, dim, heads)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.gate = nn.Linear(dim, heads * slots, bias=False)
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = RMSNorm(dim, eps=1e-5)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:

@@ -29,6 +29,24 @@ class LowerBounds(nn.Module):
         return (shares.cumsum(dim=0) - shares).clamp(min=0)
 
 
+def check_bound(where: str, bound: float | LowerBounds) -> None:
+    """Raise `ValueError` unless a bound is learnt, or a number in [0, 1)."""
+    if not isinstance(bound, LowerBounds) and not 0 <= bound < 1:
+        raise ValueError(f"{where}: lower_bound must be in [0, 1), got {bound!r}.")
+
+
+def bounded_decay(logits: Tensor, bound: float | LowerBounds, layer: int) -> Tensor:
+    """log(γ + (1 − γ) σ(logits)) [batch, time, dim], never below log γ, the bound of this layer."""
+    f = F.logsigmoid(logits)
+    if isinstance(bound, LowerBounds):
+        least = bound()[layer].clamp(min=1e-30)  # log 0 has no usable gradient
+    elif bound == 0:
+        return f
+    else:
+        least = f.new_tensor(bound)
+    return torch.logaddexp(least.log(), torch.log1p(-least) + f)
+
+
 @card(
     "hgrn",
     kind="memory",
@@ -53,8 +71,7 @@ class HGRN(Memory):
 
     def __init__(self, dim: int, *, lower_bound: float | LowerBounds = 0.0, layer: int = 0):
         super().__init__()
-        if not isinstance(lower_bound, LowerBounds) and not 0 <= lower_bound < 1:
-            raise ValueError(f"HGRN: lower_bound must be in [0, 1), got {lower_bound!r}.")
+        check_bound("HGRN", lower_bound)
         self.dim, self.lower_bound, self.layer = dim, lower_bound, layer
         self.forget = nn.Linear(dim, dim)
         self.candidate = nn.Linear(dim, dim, bias=False)
@@ -67,14 +84,7 @@ class HGRN(Memory):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """log λ [batch, time, dim], never below log γ."""
-        f = F.logsigmoid(wide(self.forget(x)))
-        if isinstance(self.lower_bound, LowerBounds):
-            bound = self.lower_bound()[self.layer].clamp(min=1e-30)  # log 0 has no usable gradient
-        elif self.lower_bound == 0:
-            return f
-        else:
-            bound = f.new_tensor(self.lower_bound)
-        return torch.logaddexp(bound.log(), torch.log1p(-bound) + f)
+        return bounded_decay(wide(self.forget(x)), self.lower_bound, self.layer)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.hgrn import LowerBounds
+from remanence.memory.hgrn import LowerBounds, bounded_decay, check_bound
 from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
 from remanence.state import State
 
@@ -42,8 +42,7 @@ class HGRN2(Memory):
 
     def __init__(self, dim: int, *, heads: int = 4, lower_bound: float | LowerBounds = 0.0, layer: int = 0):
         super().__init__()
-        if not isinstance(lower_bound, LowerBounds) and not 0 <= lower_bound < 1:
-            raise ValueError(f"HGRN2: lower_bound must be in [0, 1), got {lower_bound!r}.")
+        check_bound("HGRN2", lower_bound)
         self.dim, self.heads, self.lower_bound, self.layer = dim, heads, lower_bound, layer
         self.head_dim = per_head("HGRN2", dim, heads)
         self.qfv = nn.Linear(dim, 3 * dim, bias=False)
@@ -55,9 +54,7 @@ class HGRN2(Memory):
 
     def log_decay(self, f: Tensor) -> Tensor:
         """log α [batch, time, dim] of the gate's logits, never below log γ."""
-        bound = self.lower_bound()[self.layer] if isinstance(self.lower_bound, LowerBounds) else self.lower_bound
-        bound = torch.as_tensor(bound, dtype=f.dtype, device=f.device).clamp(min=1e-30)  # log 0 has no usable gradient
-        return torch.logaddexp(bound.log(), torch.log1p(-bound) + F.logsigmoid(f))
+        return bounded_decay(f, self.lower_bound, self.layer)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)

@@ -14,7 +14,7 @@ from remanence.errors import expect
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.fast_weight import FastWeightMemory
-from remanence.memory.parts import l2_norm, merge, per_head, rotate, split, zeros
+from remanence.memory.parts import RMSNorm, l2_norm, merge, per_head, rotate, split, zeros
 from remanence.ops.fast_weight import by_phase, piece_sizes
 from remanence.state import State, check_state, tree_map
 
@@ -70,7 +70,7 @@ class _Blend(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.gate, self.value = nn.RMSNorm(dim, eps=1e-5), nn.RMSNorm(dim, eps=1e-5)
+        self.gate, self.value = RMSNorm(dim, eps=1e-5), RMSNorm(dim, eps=1e-5)
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
         return self.gate(gate).sigmoid() * self.value(value)
@@ -257,7 +257,7 @@ class TitansMAC(Memory):
         self.persistent = nn.Parameter(torch.randn(persistent, dim))
         self.memory = Titans(dim, heads=heads, chunk_size=segment, **memory)
         self.query = nn.Linear(dim, dim, bias=False)
-        self.recalled = nn.RMSNorm(dim, eps=1e-5)
+        self.recalled = RMSNorm(dim, eps=1e-5)
         self.attention = _Attention("TitansMAC", dim, heads)
         self.blend = _Blend(dim)
 

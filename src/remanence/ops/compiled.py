@@ -62,6 +62,14 @@ def _decay(g):
     return single if g == numba.types.float32 else wide
 
 
+@jit
+def sigmoid_and_silu(x):
+    """(σ(x), x σ(x))."""
+    e = decay(-abs(x))
+    s = (1 if x >= 0 else e) / (1 + e)
+    return s, s * x
+
+
 Flat = tuple[np.ndarray, tuple[int, ...]]
 
 

@@ -7,15 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.compiled import decay, jit
-
-
-@jit
-def _gate(x):
-    """(σ(x), x σ(x))."""
-    e = decay(-abs(x))
-    s = (1 if x >= 0 else e) / (1 + e)
-    return s, s * x
+from remanence.ops.compiled import jit, sigmoid_and_silu
 
 
 @jit
@@ -32,7 +24,7 @@ def forward(first, last, seen, taps, bias, silu, y):
                     out[d] += w[d] * x[d]
             if silu:
                 for d in range(last - first):
-                    out[d] = _gate(out[d])[1]
+                    out[d] = sigmoid_and_silu(out[d])[1]
 
 
 @jit
@@ -54,7 +46,7 @@ def backward(first, last, seen, taps, bias, silu, d_y, d_seen, d_taps, d_bias):
                     for d in range(D):
                         z[d] += w[d] * x[d]
                 for d in range(D):
-                    s, gated = _gate(z[d])
+                    s, gated = sigmoid_and_silu(z[d])
                     g[d] *= s + gated * (1 - s)
             for d in range(D):
                 d_b[d] += g[d]

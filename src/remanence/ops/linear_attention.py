@@ -116,24 +116,12 @@ class _Compiled(torch.autograd.Function):
         B, H, T, K = k.shape
         y, end = blank(v, 3), v.new_empty(B, H, K, v.shape[3])
         befores = v.new_empty(B * H, -(-T // size), K, v.shape[3])
-        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q)
-        kind = 0 if g is None else g.ndim - 2
-        spread_products(
-            kernels.forward,
-            B * H,
-            k.numel(),
-            H,
-            T,
-            size,
-            kind,
-            *inputs,
-            rows(start),
-            *flat(y, 3),
-            befores.numpy(),
-            rows(end),
-        )
+        how = H, T, size, 0 if g is None else g.ndim - 2
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q), rows(start)
+        outputs = *flat(y, 3), befores.numpy(), rows(end)
+        spread_products(kernels.forward, B * H, k.numel(), *how, *inputs, *outputs)
         ctx.save_for_backward(q, k, v, g, start, end, befores)
-        ctx.size = size
+        ctx.how = how
         return y, end
 
     @staticmethod
@@ -145,25 +133,17 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
 
             def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
-                return _by_chunks(q, k, v, g, start, ctx.size)
+                return _by_chunks(q, k, v, g, start, ctx.how[2])
 
             return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, g, start), grads), None
-        B, H, T, _ = k.shape
+        B, H = k.shape[:2]
         d_q, d_k, d_v = (blank(x, 3) for x in (q, k, v))
         d_g = None if g is None else blank(g, 3)
         d_start = grads[1].clone(memory_format=torch.contiguous_format)
-        inputs = (
-            *flat(q, 3),
-            *flat(k, 3),
-            *flat(v, 3),
-            *flat_or_none(g, 3, q),
-            befores.numpy(),
-            rows(end),
-            *flat(grads[0], 3),
-        )
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q)
+        kept = befores.numpy(), rows(end), *flat(grads[0], 3)
         outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_or_none(d_g, 3, q), rows(d_start)
-        kind = 0 if g is None else g.ndim - 2
-        spread_products(kernels.backward, B * H, k.numel(), H, T, ctx.size, kind, *inputs, *outputs)
+        spread_products(kernels.backward, B * H, k.numel(), *ctx.how, *inputs, *kept, *outputs)
         return d_q, d_k, d_v, d_g, d_start, None
 
 

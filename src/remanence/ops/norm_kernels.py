@@ -10,20 +10,12 @@ import math
 import numpy as np
 
 from remanence.ops.chunk_kernels import dot
-from remanence.ops.compiled import decay, jit
+from remanence.ops.compiled import jit, sigmoid_and_silu
 
 
 @jit
 def _row(i, at, B, C):
     return i // (B * C) * at[0] + i // C % B * at[1] + i % C * at[2]
-
-
-@jit
-def _gate(x):
-    """(σ(x), x σ(x))."""
-    e = decay(-abs(x))
-    s = (1 if x >= 0 else e) / (1 + e)
-    return s, s * x
 
 
 @jit
@@ -38,7 +30,7 @@ def forward(first, last, size, count, B, C, share, eps, x, x_at, weight, gated, 
         if gated:
             g = gate[other : other + width]
             for d in range(width):
-                out[d] *= _gate(g[d])[1]
+                out[d] *= sigmoid_and_silu(g[d])[1]
 
 
 @jit
@@ -57,7 +49,7 @@ def backward(
         if gated:
             g, d_g = gate[other : other + width], d_gate[to_gate : to_gate + width]
             for d in range(width):
-                s, open_ = _gate(g[d])
+                s, open_ = sigmoid_and_silu(g[d])
                 normal = row[d] * r
                 d_g[d] = given[d] * normal * weight[d] * (s + open_ * (1 - s))
                 u[d] = given[d] * open_

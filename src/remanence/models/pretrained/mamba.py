@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from remanence.memory.mamba import Mamba
+from remanence.memory.parts import RMSNorm
 from remanence.models.pretrained.mapping import Config, Rule, same
 from remanence.models.pretrained.model import PretrainedModel, Residual
 
@@ -42,7 +41,7 @@ def build(config: Config) -> PretrainedModel:
             conv_bias=config["use_conv_bias"],
             norm_eps=config["mixer_rms_eps"] if config["model_type"] == "falcon_mamba" else None,
         )
-        return Residual(nn.RMSNorm(dim, eps=eps), mixer)
+        return Residual(RMSNorm(dim, eps=eps), mixer)
 
     rules = same("", "", {"embedding.weight": "backbone.embeddings.weight", "norm.weight": "backbone.norm_f.weight"})
     for i in range(config["num_hidden_layers"]):
@@ -51,4 +50,4 @@ def build(config: Config) -> PretrainedModel:
         rules += same(ours, theirs, MIXER | {"conv.bias": "conv1d.bias"})
         rules.append(Rule((f"{ours}conv.weight",), (f"{theirs}conv1d.weight",), ((width, 1, taps),)))
     layers = [layer() for _ in range(config["num_hidden_layers"])]
-    return PretrainedModel(config, layers, nn.RMSNorm(dim, eps=eps), rules)
+    return PretrainedModel(config, layers, RMSNorm(dim, eps=eps), rules)

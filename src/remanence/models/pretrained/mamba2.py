@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from remanence.memory.mamba2 import Mamba2
+from remanence.memory.parts import RMSNorm
 from remanence.models.pretrained.mapping import Config, Rule, number, same
 from remanence.models.pretrained.model import PretrainedModel, Residual
 
@@ -52,7 +51,7 @@ def build(config: Config) -> PretrainedModel:
             step_limit=(low, high),
             eps=eps,
         )
-        return Residual(nn.RMSNorm(dim, eps=eps), mixer)
+        return Residual(RMSNorm(dim, eps=eps), mixer)
 
     mixed = config["expand"] * dim + 2 * config["n_groups"] * config["state_size"]
     rules = same("", "", {"embedding.weight": "backbone.embeddings.weight", "norm.weight": "backbone.norm_f.weight"})
@@ -62,4 +61,4 @@ def build(config: Config) -> PretrainedModel:
         rules += same(ours, theirs, MIXER)
         rules.append(Rule((f"{ours}conv.weight",), (f"{theirs}conv1d.weight",), ((mixed, 1, taps),)))
     layers = [layer() for _ in range(config["num_hidden_layers"])]
-    return PretrainedModel(config, layers, nn.RMSNorm(dim, eps=eps), rules)
+    return PretrainedModel(config, layers, RMSNorm(dim, eps=eps), rules)

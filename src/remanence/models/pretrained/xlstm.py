@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from remanence.memory.parts import RMSNorm
 from remanence.memory.xlstm import MLSTM
 from remanence.models.language import ChannelMixer
 from remanence.models.pretrained.mapping import Config, Rule, same, stacked
@@ -47,8 +46,8 @@ def build(config: Config) -> PretrainedModel:
             norm_eps=eps,
             eps=config["eps"],
         )
-        layers.append(Residual(nn.RMSNorm(dim, eps=eps), memory))
-        layers.append(Residual(nn.RMSNorm(dim, eps=eps), ChannelMixer(dim, hidden)))
+        layers.append(Residual(RMSNorm(dim, eps=eps), memory))
+        layers.append(Residual(RMSNorm(dim, eps=eps), ChannelMixer(dim, hidden)))
         ours, mixer = f"layers.{2 * i}.inner.", f"layers.{2 * i + 1}.inner."
         block = f"backbone.blocks.{i}."
         rules += same(f"layers.{2 * i}.", block, {"norm.weight": "norm_mlstm.weight"})
@@ -57,7 +56,7 @@ def build(config: Config) -> PretrainedModel:
         rules += same(ours, f"{block}mlstm_layer.", {"out.weight": "out_proj.weight"})
         rules += same(mixer, f"{block}ffn.", {"out.weight": "proj_down.weight"})
         rules += _inward(config, ours, mixer, block, (keys, keys, values, values), hidden)
-    return PretrainedModel(config, layers, nn.RMSNorm(dim, eps=eps), rules, cap=config["output_logit_soft_cap"])
+    return PretrainedModel(config, layers, RMSNorm(dim, eps=eps), rules, cap=config["output_logit_soft_cap"])
 
 
 def _inward(config: Config, ours: str, mixer: str, block: str, widths: tuple[int, ...], hidden: int) -> list[Rule]:
