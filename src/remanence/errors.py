@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,11 +52,21 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UnknownName:
     return UnknownName(f"There is no {what} called {name!r}; {hint}")
 
 
+@cache
+def _split(axes: str) -> tuple[str, ...]:
+    return tuple(axes.split())
+
+
 def expect(where: str, name: str, x: Tensor, axes: str, hint: str = "", **known: int) -> None:
     """Raise `ShapeError` unless `x` has the named axes, those in `known` with the given lengths."""
-    names = axes.split()
-    if x.ndim == len(names) and all(x.shape[names.index(a)] == n for a, n in known.items()):
-        return
+    names = _split(axes)
+    shape = x.shape
+    if len(shape) == len(names):
+        for a, n in known.items():
+            if shape[names.index(a)] != n:
+                break
+        else:
+            return
     want = ", ".join(f"{a}={known[a]}" if a in known else a for a in names)
     remedy = f" {hint}" if hint and x.ndim != len(names) else ""
-    raise ShapeError(f"{where}: {name} must be [{want}], got {list(x.shape)}.{remedy}")
+    raise ShapeError(f"{where}: {name} must be [{want}], got {list(shape)}.{remedy}")

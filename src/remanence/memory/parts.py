@@ -17,6 +17,8 @@ from remanence.state import State
 
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 or wider: what a state is made of, whatever the activations are."""
+    if x.dtype in (torch.float32, torch.float64):
+        return x
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -35,7 +37,8 @@ def per_head(where: str, width: int, heads: int, multiple: int = 1) -> int:
 
 def split(x: Tensor, heads: int) -> Tensor:
     """[batch, time, heads·width] -> [batch, heads, time, width], in float32 or wider."""
-    return wide(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    B, T, width = x.shape
+    return wide(x).view(B, T, heads, width // heads).transpose(1, 2)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
@@ -42,7 +43,11 @@ def causal_conv(
     expect("causal_conv", "x", x, "batch time features", features=weight.shape[0])
     expect("causal_conv", "weight", weight, "features width")
     T = x.shape[1]
-    seen = torch.cat([_tail(x, weight, state), x], 1)
+    tail = _tail(x, weight, state)
+    if T == 1 and steps.worth(x, weight, bias, tail):
+        y, tail = steps.causal_conv(x, weight, bias, tail, silu)
+        return y, {"tail": tail}
+    seen = torch.cat([tail, x], 1)
     if T == 1:
         now = torch.einsum("btd,dt->bd", seen, weight.to(seen.dtype))[:, None]
         now = now if bias is None else now + bias

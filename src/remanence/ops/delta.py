@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
 from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
@@ -60,6 +61,9 @@ def gated_delta_rule(
     arXiv:2406.06484 (2024).
     """
     _check(query, key, value, beta, log_decay)
+    if key.shape[2] == 1 and state is not None and steps.worth(state["S"], query, key, value, beta, log_decay):
+        y, S = steps.gated_delta_rule(query, key, value, beta, log_decay, state["S"])
+        return y, {"S": S}
     if not key.shape[2]:
         return gated_delta_rule_reference(query, key, value, beta, log_decay, state)
     dtype = recurrent_dtype(value)

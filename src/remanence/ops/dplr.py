@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import cumulative, floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
@@ -70,6 +71,9 @@ def dplr(
     _check(query, key, value, a, b, log_decay)
     if chunk_size < 1:
         raise ValueError(f"dplr: chunk_size must be at least 1, got {chunk_size}.")
+    if key.shape[2] == 1 and state is not None and steps.worth(state["S"], query, key, value, a, b, log_decay):
+        y, S = steps.dplr(query, key, value, a, b, log_decay, state["S"])
+        return y, {"S": S}
     if not key.shape[2]:
         return dplr_reference(query, key, value, a, b, log_decay, state)
     dtype = recurrent_dtype(value)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
@@ -37,8 +38,10 @@ def normalise(
 
     Shapes: `x`, `gate` and y [..., width]; `weight` [width]. Raises: `ShapeError`.
     """
-    if weight is not None:
+    if weight is not None and weight.shape != x.shape[-1:]:
         expect("normalise", "weight", weight, "features", features=x.shape[-1])
+    if not compiled(x) and steps.worth(x, weight, gate):
+        return steps.normalise(x, weight, gate, eps, mean)
     if x.dtype != recurrent_dtype(x) or not compiled(x):
         return normalise_reference(x, weight, gate, eps=eps, mean=mean)
     if x.ndim != 4:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops import dispatch
+from remanence.ops import dispatch, steps
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
@@ -39,6 +39,9 @@ def scan(log_decay: Tensor, b: Tensor, state: State | None = None) -> tuple[Tens
     B, T, D = b.shape
     expect("scan", "log_decay", log_decay, "batch time features", batch=B, time=T, features=D)
     dtype = recurrent_dtype(b)
+    if T == 1 and state is not None and steps.worth(b, log_decay, state["h"]):
+        h = steps.scan(log_decay, b, state["h"])
+        return h[:, None], {"h": h}
     if T <= 1:
         return scan_reference(log_decay, b, state)
     log_decay, b = log_decay.to(dtype).contiguous(), b.to(dtype).contiguous()

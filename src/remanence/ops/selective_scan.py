@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.complex_scan import by_doubling
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
@@ -56,6 +57,9 @@ def selective_scan(
     expect("selective_scan", "C", C, "batch time states", batch=batch, time=T, states=N)
     if A is not None:
         expect("selective_scan", "A", A, "features states", features=D, states=N)
+    if T == 1 and state is not None and steps.worth(state["h"], x, delta, A, B, C):
+        y, h = steps.selective_scan(x, delta, A, B, C, state["h"])
+        return y, {"h": h}
     if T == 0:
         return selective_scan_reference(x, delta, A, B, C, state)
     dtype = recurrent_dtype(x)

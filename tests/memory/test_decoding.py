@@ -1,0 +1,29 @@
+"""Decoding without gradients, by the compiled steps, is the full pass."""
+
+import pytest
+import torch
+
+from remanence import catalogue
+from remanence.memory import make
+from remanence.ops import steps
+
+STEPPED = [
+    "gated-deltanet", "deltanet", "kimi-delta", "gla", "linear-attention", "retnet", "mamba", "mamba2", "griffin",
+    "longhorn", "s7", "min-lstm", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("id", STEPPED)
+def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id):
+    monkeypatch.setattr(steps, "STEP_FROM", 0)
+    torch.manual_seed(0)
+    small = catalogue.cards("memory")[id].small
+    memory = make(id, **small).double()
+    x = torch.randn(2, 7, small["dim"], dtype=torch.float64)
+    with torch.no_grad():
+        want, _ = memory(x)
+        state, y = None, []
+        for token in x.split(1, 1):
+            out, state = memory(token, state)
+            y.append(out)
+    torch.testing.assert_close(torch.cat(y, 1), want, rtol=1e-9, atol=1e-9)
