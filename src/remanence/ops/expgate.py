@@ -133,11 +133,12 @@ def expgate_carry(key: Tensor, value: Tensor, log_forget: Tensor, log_input: Ten
 def merge(before: State, log_decay: Tensor, after: State) -> State:
     """The state of two pieces in a row, from the first's and from the second's (log decay, state on its own).
 
-    Works on every stabilised state: each tensor stands for e^m times itself, m having the leading axes.
+    Works on every stabilised state: each tensor stands for e^m times itself, m having the leading axes and, as
+    everywhere, no gradient of its own.
     """
-    past = before["m"] + log_decay
-    m = torch.maximum(past, after["m"])
-    keep, add = (past - m).exp(), (after["m"] - m).exp()
+    past, present = before["m"].detach() + log_decay, after["m"].detach()
+    m = torch.maximum(past, present).detach()
+    keep, add = (past - m).exp(), (present - m).exp()
 
     def join(x: Tensor, y: Tensor) -> Tensor:
         keeps, adds = (w.to(y.dtype).view(*m.shape, *[1] * (y.ndim - m.ndim)) for w in (keep, add))

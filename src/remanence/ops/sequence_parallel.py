@@ -2,8 +2,11 @@
 
 The state's evolution over a piece is affine, S_end = M S_start + N. Every rank reads its piece from an empty state,
 all gather the pairs (M, N) at once, and each adds what its true start contributes. Bytes do not depend on the length.
+Where what is read is not linear in the state (slots, softmax averages), the piece is read again from its true start.
 
-Source: LASP-2, arXiv:2502.07563 (2025), extended to the dense carries of delta rules.
+Full softmax attention has no split form here: what its ranks would exchange, keys and values, grows with the length.
+
+Source: LASP-2, arXiv:2502.07563 (2025), extended to the dense carries of delta rules, and to stabilised sums.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from remanence.errors import RemanenceError, ShapeError
 from remanence.ops import taps
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
+from remanence.ops.expgate import merge
 from remanence.ops.taps import Call
 from remanence.state import State
 
@@ -37,6 +41,8 @@ def joined(group: Group) -> Group:
 
 
 def _gather(x: Tensor, group: Group) -> list[Tensor]:
+    if x.is_complex():  # not every backend sends such numbers
+        return [torch.view_as_complex(y) for y in _gather(torch.view_as_real(x.resolve_conj()), group)]
     everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     group.allgather([everyone], [x.contiguous()]).wait()
     return everyone
@@ -71,14 +77,18 @@ class _Start(torch.autograd.Function):
         d_N = torch.zeros_like(grad)
         for s in reversed(range(rank + 1, len(grads))):  # of the state that this rank leaves
             M_s = later[s - rank - 1].view_as(M)
-            d_N = grads[s] + _apply(M_s.mT if dense else M_s, d_N, dense)
-        d_M = d_N @ start.mT if dense else (d_N * start).sum_to_size(M.shape)
-        d_first = grad + _apply(M.mT if dense else M, d_N, dense) if rank == 0 else torch.zeros_like(grad)
+            d_N = grads[s] + _apply(_adjoint(M_s, dense), d_N, dense)
+        d_M = (d_N @ start.mH if dense else d_N * start.conj()).sum_to_size(M.shape)
+        d_first = grad + _apply(_adjoint(M, dense), d_N, dense) if rank == 0 else torch.zeros_like(grad)
         return d_M, d_N, d_first, None
 
 
 def _apply(M: Tensor, S: Tensor, dense: bool) -> Tensor:
     return M @ S if dense else M * S
+
+
+def _adjoint(M: Tensor, dense: bool) -> Tensor:
+    return M.mH if dense else M.conj()
 
 
 class _FromLeft(torch.autograd.Function):
@@ -255,6 +265,162 @@ def selective_scan(
     return local + inherited, {"h": M * start + N}
 
 
+def complex_scan(a: Tensor, b: Tensor, state: State | None = None, *, group: Group = None) -> tuple[Tensor, State]:
+    """`ops.complex_scan` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    local, after = ops.complex_scan(a, b)
+    N = _modes(after, b)
+    ones = torch.ones_like(N)
+    share, kept = ops.complex_scan(a, torch.zeros_like(b), {"h": _numbers(ones)})  # what is left of any start
+    M = _modes(kept, b)
+    start = _Start.apply(M, N, torch.zeros_like(N) if state is None else _modes(state, N), joined(group))
+    return local + share * start[:, None], {"h": _numbers(M * start + N)}
+
+
+def diagonal_ssm(
+    u: Tensor, a: Tensor, read: Tensor, state: State | None = None, *, group: Group = None, **settings: Any
+) -> tuple[Tensor, State]:
+    """`ops.diagonal_ssm` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    local, after = ops.diagonal_ssm(u, a, read, **settings)
+    M, N = a ** u.shape[1], _modes(after, a)
+    start = _Start.apply(M, N, torch.zeros_like(N) if state is None else _modes(state, N), joined(group))
+    inherited, end = ops.diagonal_ssm(torch.zeros_like(u), a, read, {"h": _numbers(start)}, **settings)
+    return local + inherited, {"h": end["h"] + after["h"]}
+
+
+def _modes(state: State, like: Tensor) -> Tensor:
+    """h as numbers of the kind of `like`, complex or real."""
+    h = state["h"]
+    return torch.view_as_complex(h.contiguous()).to(like.dtype) if like.is_complex() else h.to(like.dtype)
+
+
+def _numbers(h: Tensor) -> Tensor:
+    return torch.view_as_real(h.resolve_conj()) if h.is_complex() else h
+
+
+def dense_ssm(
+    u: Tensor, transition: Tensor, write: Tensor, read: Tensor, state: State | None = None, *, group: Group = None
+) -> tuple[Tensor, State]:
+    """`ops.dense_ssm` over a sequence split as in `scan`; M is dense, N × N per feature."""
+    from remanence import ops
+
+    local, after = ops.dense_ssm(u, transition, write, read)
+    N = after["h"][..., None]
+    M = torch.linalg.matrix_power(transition.to(N.dtype), u.shape[1])[None]
+    start = _Start.apply(M, N, _first(None if state is None else {"h": state["h"][..., None]}, "h", N), joined(group))
+    inherited, end = ops.dense_ssm(torch.zeros_like(u), transition, write, read, {"h": start[..., 0]})
+    return local + inherited, {"h": end["h"] + after["h"]}
+
+
+def slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    state: State | None = None,
+    *,
+    group: Group = None,
+    **settings: Any,
+) -> tuple[Tensor, State]:
+    """`ops.slots` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    K, V = key.shape[3], value.shape[3]
+    both = torch.cat([key, value], -1)
+    M, N = ops.linear_attention_carry(write.to(both.dtype), both, log_decay)
+    first = None if state is None else {"S": torch.cat([state["K"], state["V"]], -1)}
+    start = _Start.apply(M, N, _first(first, "S", N), joined(group))
+    begin = dict(zip("KV", start.split([K, V], -1), strict=True))
+    return ops.slots(query, key, value, write, log_decay, begin, **settings)
+
+
+def least_squares(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    ridge: Tensor,
+    log_decay: Tensor | None = None,
+    state: State | None = None,
+    *,
+    group: Group = None,
+    **settings: Any,
+) -> tuple[Tensor, State]:
+    """`ops.least_squares` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    K, V = key.shape[3], value.shape[3]
+    both = torch.cat([key, value], -1)
+    M, N = ops.linear_attention_carry(beta[..., None] * key, both, log_decay)
+    first = None if state is None else {"S": torch.cat([state["H"], state["G"]], -1)}
+    start = _Start.apply(M, N, _first(first, "S", N), joined(group))
+    begin = dict(zip("HG", start.split([K, V], -1), strict=True))
+    return ops.least_squares(query, key, value, beta, ridge, log_decay, begin, **settings)
+
+
+def expgate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_forget: Tensor,
+    log_input: Tensor,
+    state: State | None = None,
+    *,
+    group: Group = None,
+    **settings: Any,
+) -> tuple[Tensor, State]:
+    """`ops.expgate` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    log_decay, own = ops.expgate_carry(key, value, log_forget, log_input)
+    if state is None:
+        state = {name: torch.zeros_like(x) for name, x in own.items()}
+    start = _stabilised_start(log_decay, own, state, joined(group))
+    return ops.expgate(query, key, value, log_forget, log_input, start, **settings)
+
+
+def softmax_scan(
+    score: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    state: State | None = None,
+    *,
+    group: Group = None,
+) -> tuple[Tensor, State]:
+    """`ops.softmax_scan` over a sequence split as in `scan`."""
+    from remanence import ops
+
+    total, own = ops.softmax_scan_carry(score, value, log_decay)
+    if state is None:
+        _, state = ops.softmax_scan(score[:, :0], value[:, :0])
+    start = _stabilised_start(total.expand_as(own["m"]), own, state, joined(group))
+    return ops.softmax_scan(score, value, log_decay, bonus, start)
+
+
+def _stabilised_start(log_decay: Tensor, own: State, first: State, group: Group) -> State:
+    """The state before this rank's tokens where states are e^m times their tensors; `first` on rank 0.
+
+    All gather what each piece forgets (`log_decay`) and leaves (`own`), in the float64 of the exponents, and join what
+    is to their left.
+    """
+    shapes = {"decay": log_decay.shape, **{name: x.shape for name, x in own.items()}}
+    packed = torch.cat([x.double().flatten() for x in (log_decay, *own.values())])
+    everyone = _GatherAll.apply(packed, group)
+    nothing = 0 * everyone[0, 0]  # all must go backward through the gathering, also rank 0, which reads none of it
+    start = {name: x if name == "m" else x + nothing.to(x.dtype) for name, x in first.items()}
+    for piece in everyone[: group.rank()]:
+        parts = piece.split([shape.numel() for shape in shapes.values()])
+        found = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        found = {name: x if name in ("decay", "m") else x.to(own[name].dtype) for name, x in found.items()}
+        start = merge(start, found.pop("decay"), found)
+    return start
+
+
 def causal_conv(
     x: Tensor,
     weight: Tensor,
@@ -315,10 +481,17 @@ def window_attention(
 
 SPLIT: dict[str, Callable[..., Any]] = {
     "scan": scan,
+    "complex_scan": complex_scan,
+    "diagonal_ssm": diagonal_ssm,
+    "dense_ssm": dense_ssm,
     "selective_scan": selective_scan,
     "dplr": dplr,
     "linear_attention": linear_attention,
     "gated_delta_rule": gated_delta_rule,
+    "least_squares": least_squares,
+    "slots": slots,
+    "expgate": expgate,
+    "softmax_scan": softmax_scan,
     "causal_conv": causal_conv,
     "window_attention": window_attention,
 }
