@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from remanence.ops import dispatch, scan, scan_reference
+from remanence.ops import dispatch, linear_attention, linear_attention_reference, scan, scan_reference
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'remanence[triton]'")
 
@@ -68,3 +68,65 @@ def test_the_law_notices_a_lost_state(obeys, draw):
 def test_second_derivatives_are_those_of_the_loop(draw):
     b, g = decays_and_inputs(draw, 4, B=1, D=2)
     assert torch.autograd.gradgradcheck(lambda g, b: through_triton(scan)(g, b)[0], (g, b))
+
+
+B, H, K, V = 1, 2, 5, 3
+DECAYS = ["none", "head", "key"]
+
+
+def outer_products(draw, T, decay, K=K, V=V):
+    noise = draw(T)
+    q, k, v = noise(B, H, T, K), noise(B, H, T, K), noise(B, H, T, V)
+    shape = {"none": None, "head": (B, H, T), "key": (B, H, T, K)}[decay]
+    return [q, k, v] if shape is None else hard([q, k, v, (-noise(*shape).abs()).detach().requires_grad_()])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(("T", "chunk_size", "cuts"), [(2, 64, []), (37, 16, [20]), (70, 64, [])])
+def test_linear_attention(obeys, draw, decay, T, chunk_size, cuts):
+    op = through_triton(linear_attention, chunk_size=chunk_size)
+    state = {"S": draw(9)(B, H, K, V)}
+    obeys(op, linear_attention_reference, outer_products(draw, T, decay), cuts, state, tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_linear_attention_with_features_for_several_blocks(obeys, draw, decay):
+    op = through_triton(linear_attention, chunk_size=16)
+    obeys(op, linear_attention_reference, outer_products(draw, 20, decay, K=70, V=40), [], tolerance=TOLERANCE)
+
+
+CASES = {
+    "linear attention": (linear_attention, lambda draw: outer_products(draw, 20, "head")),
+    "linear attention, decay per key": (linear_attention, lambda draw: outer_products(draw, 20, "key")),
+}
+
+
+def found_by(op, inputs, dtype=DTYPE, lay=lambda x: x):
+    leaves = [lay(x.detach().to(DEVICE, dtype)).requires_grad_() for x in inputs]
+    with dispatch.triton_everywhere():
+        y, state = op(*leaves)
+    weighted = [
+        (x.double() * torch.arange(1.0, x.numel() + 1, device=x.device).cos().view_as(x)).sum() for x in (y, state["S"])
+    ]
+    return y, state["S"], *torch.autograd.grad(weighted, leaves)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_views_are_read_in_place(draw, name):
+    op, inputs = CASES[name]
+    inputs = inputs(draw)
+    want = found_by(op, inputs)
+    ways = [lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: torch.stack([x, -x], -1)[..., 0]]
+    for lay in ways:
+        for got, wanted in zip(found_by(op, inputs, lay=lay), want, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_follows_float32(draw, name):
+    op, inputs = CASES[name]
+    inputs = [x.detach().bfloat16() for x in inputs(draw)]
+    got, want = found_by(op, inputs, torch.bfloat16), found_by(op, inputs, torch.float32)
+    assert [x.dtype for x in got] == [torch.bfloat16, torch.float32] + len(inputs) * [torch.bfloat16]
+    for x, y in zip(got, want, strict=True):
+        assert (x.float() - y).abs().max() <= 0.02 * y.abs().max()
