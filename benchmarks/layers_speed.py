@@ -3,21 +3,29 @@
     python benchmarks/layers_speed.py                      # every memory, and the layers of PyTorch
     python benchmarks/layers_speed.py --peers              # and those of transformers (pip install transformers)
     python benchmarks/layers_speed.py --memory mamba gla   # only these
+    python benchmarks/layers_speed.py --pairs              # each peer beside our layer of the same kind and size
 
 Width 512, float32. Each figure is from a process of its own, the shortest of several runs. *Share* is the FLOPs of
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
-and norms leave of it. *Extra* is how far peak memory rises above the layer and its input.
+and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
+and its input: activations, what is kept for the gradients, and the gradients themselves.
+
+The layers of transformers are timed as `pip install transformers` leaves them: in the PyTorch form that they have
+for a CPU, which needs no package of kernels. mambapy and the packages of xLSTM and minGRU are not installed for this;
+minGRU's scan in log space, which is all that its package does, is written out below.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +35,31 @@ import remanence  # noqa: F401  (before the first tensor, so that its settings o
 
 WIDTH, HEADS = 512, 8
 SIZES = [(1, 2048), (1, 8192), (8, 2048)]
-FIRST = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
+SIZED: dict[str, dict[str, Any]] = {
+    name: {"heads": HEADS}
+    for name in ("linear-attention", "retnet", "deltanet", "kimi-delta", "lightning-attention-tnl", "griffin",
+                 "softmax", "titans", "xlstm-7b", "gla")
+} | {"gated-deltanet": {"heads": HEADS, "expand_v": 1}}  # fmt: skip
+"""What is not left to a layer's defaults, so that it has its peer's size."""
+PAIRS = {
+    "MiniMax lightning attention": "lightning-attention-tnl",
+    "Qwen3-Next gated delta": "gated-deltanet",
+    "Kimi Linear delta": "kimi-delta",
+    "Mamba-2": "mamba2",
+    "Mamba": "mamba",
+    "RecurrentGemma RG-LRU block": "griffin",
+    "RWKV-4": "rwkv",
+    "xLSTM mLSTM": "xlstm-7b",
+    "minGRU": "min-lstm-gru",
+    "softmax attention (SDPA)": "softmax",
+    "torch.nn.LSTM": "min-lstm",
+    "torch.nn.GRU": "min-lstm-gru",
+}
+"""Each peer, and which of ours does its work."""
+
+
+def first(y: Any) -> Tensor:
+    return y[0] if isinstance(y, tuple) else y
 
 
 class Attention(nn.Module):
@@ -43,9 +75,25 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class MinGRUInLogSpace(nn.Module):
+    """minGRU by PyTorch's cumulative sums of logarithms (arXiv:2410.01201, appendix B.3), without an output map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        candidate, gate = self.inward(x).chunk(2, dim=-1)
+        positive = torch.where(candidate >= 0, (candidate.relu() + 0.5).log(), nn.functional.logsigmoid(candidate))
+        kept = -nn.functional.softplus(gate).cumsum(1)
+        written = positive - nn.functional.softplus(-gate)
+        return (kept + (written - kept).logcumsumexp(1)).exp()
+
+
 def torch_peers() -> dict[str, Callable[[], nn.Module]]:
     return {
         "softmax attention (SDPA)": Attention,
+        "minGRU": MinGRUInLogSpace,
         "torch.nn.GRU": lambda: nn.GRU(WIDTH, WIDTH, batch_first=True),
         "torch.nn.LSTM": lambda: nn.LSTM(WIDTH, WIDTH, batch_first=True),
     }
@@ -58,12 +106,10 @@ def peers() -> dict[str, Callable[[], nn.Module]]:
         family: str, layer: str, config: str, call: Callable[[nn.Module, Tensor], Any] | None = None, **sizes: Any
     ):
         def make() -> nn.Module:
-            import importlib
-
             model = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
             settings = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
             made = getattr(settings, config)(hidden_size=WIDTH, **sizes)
-            inner = getattr(model, layer)(made, 0)
+            inner = getattr(model, layer)(*(made, 0)[: 1 if family == "xlstm" else 2])
             if call is None:
                 return inner
             outer = nn.Module()
@@ -93,7 +139,33 @@ def peers() -> dict[str, Callable[[], nn.Module]]:
             lru_width=WIDTH, num_attention_heads=HEADS,
         ),
         "RWKV-4": build("rwkv", "RwkvSelfAttention", "RwkvConfig"),
+        "Kimi Linear delta": build(
+            "kimi_linear", "KimiLinearDeltaAttention", "KimiLinearConfig", num_hidden_layers=1,
+            linear_num_heads=HEADS, linear_head_dim=WIDTH // HEADS,
+        ),
+        "xLSTM mLSTM": build(
+            "xlstm", "xLSTMLayer", "xLSTMConfig", num_heads=HEADS, mode="train", autocast_kernel_dtype="float32",
+        ),
     }  # fmt: skip
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """Bytes by which this process grows while it runs, at its peak."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kilobytes(field: str) -> int:
+        return int(status.read_text().split(f"{field}:")[1].split()[0])
+
+    try:
+        before = kilobytes("VmRSS")
+        reset.write_text("5")  # the peak begins anew, else what compiling took would hide what the pass takes
+        run()
+        return (kilobytes("VmHWM") - before) * 1024
+    except OSError:  # not Linux
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
 def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
@@ -102,10 +174,7 @@ def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
 
     torch.manual_seed(0)
     rivals = torch_peers() | peers()
-    arguments = (
-        {"heads": HEADS} if name in {"linear-attention", "retnet", "gated-deltanet", "deltanet", "titans"} else {}
-    )
-    layer = rivals[name]() if name in rivals else make(name, WIDTH, **arguments)
+    layer = rivals[name]() if name in rivals else make(name, WIDTH, **SIZED.get(name, {}))
     x = torch.randn(batch, time_steps, WIDTH, requires_grad=True)
     weights = [x, *layer.parameters()]
     up = torch.randn(batch, time_steps, WIDTH)
@@ -121,25 +190,56 @@ def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
         return min(times)
 
     def once() -> None:
-        torch.autograd.grad(FIRST(layer(x)), weights, up, allow_unused=True)
+        torch.autograd.grad(first(layer(x)), weights, up, allow_unused=True)
 
-    first = torch.randn(1, 70, WIDTH)
-    torch.autograd.grad(FIRST(layer(first)).sum(), weights[1:], allow_unused=True)  # loads what is loaded only once
+    little = torch.randn(1, 128, WIDTH)
+    torch.autograd.grad(first(layer(little)).sum(), weights[1:], allow_unused=True)  # loads what is loaded only once
     peak = 2 * 2048**3 / clock(lambda: torch.mm(a, a, out=out), 5, 2)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    once()
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    extra = peak_memory(once)
     tokens = batch * time_steps / clock(once, 5, 4)
     peak = max(peak, 2 * 2048**3 / clock(lambda: torch.mm(a, a, out=out), 5, 2))
     flops = 6 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     return {"tokens": tokens, "share": flops * tokens / peak, "extra": extra, "peak": peak}
 
 
+def measured(name: str, sizes: list[tuple[int, int]], seconds: float) -> list[dict[str, float] | str]:
+    """What `measure` finds at each size, in processes of their own; in words where it finds nothing."""
+    cells: list[dict[str, float] | str] = []
+    for batch, steps in sizes:
+        command = [sys.executable, __file__, "--one", name, str(batch), str(steps)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            cells.append(f"over {seconds:.0f} s")
+            continue
+        if done.returncode:
+            fault = done.stderr.strip().splitlines()
+            cells.append(fault[-1][:60] if fault else f"ended with {done.returncode}")
+        else:
+            cells.append(json.loads(done.stdout.splitlines()[-1]))
+    return cells
+
+
+def cell(found: dict[str, float] | str) -> str:
+    return found if isinstance(found, str) else (
+        f"{found['tokens']:,.0f} ({found['share']:.0%}, {found['extra'] / 1e6:,.0f})"
+    )  # fmt: skip
+
+
+def ratio(ours: dict[str, float] | str, theirs: dict[str, float] | str) -> str:
+    """How many times as fast, and which part of the memory."""
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return "–"
+    return f"{ours['tokens'] / theirs['tokens']:.1f} ×, {ours['extra'] / theirs['extra']:.2f}"
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--memory", nargs="+", help="only these (default: every memory of the catalogue)")
     ask.add_argument("--peers", action="store_true", help="also the layers of transformers")
+    ask.add_argument("--pairs", action="store_true", help="each peer, ours of its kind, and their ratios")
     ask.add_argument("--quick", action="store_true", help="batch 1, 2,048 tokens only")
+    ask.add_argument("--seconds", type=float, default=120, help="that a layer may take at one size")
     ask.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = ask.parse_args()
     if given.one:
@@ -148,25 +248,24 @@ def main() -> None:
     from remanence import catalogue
 
     sizes = SIZES[:1] if given.quick else SIZES
-    names = [*(given.memory or catalogue.cards("memory")), *torch_peers(), *(peers() if given.peers else [])]
+    head = [f"{b} × {t:,}" for b, t in sizes]
     print(f"{torch.get_num_threads()} threads. Tokens per second (share of the matrix rate, extra MB).\n")
-    print("| layer | " + " | ".join(f"{b} × {t:,}" for b, t in sizes) + " |")
+    if given.pairs:
+        print("| peer | " + " | ".join(head) + " | ours | " + " | ".join(head) + " | times as fast, share of memory |")
+        print("|---|" + "---:|" * len(sizes) + "---|" + "---:|" * (len(sizes) + 1))
+        known: dict[str, list[dict[str, float] | str]] = {}
+        for peer, own in PAIRS.items():
+            theirs = measured(peer, sizes, given.seconds)
+            ours = known[own] = known.get(own) or measured(own, sizes, given.seconds)
+            ratios = "; ".join(map(ratio, ours, theirs))
+            row = [peer, *map(cell, theirs), own, *map(cell, ours), ratios]
+            print("| " + " | ".join(row) + " |", flush=True)
+        return
+    names = [*(given.memory or catalogue.cards("memory")), *torch_peers(), *(peers() if given.peers else [])]
+    print("| layer | " + " | ".join(head) + " |")
     print("|---|" + "---:|" * len(sizes))
     for name in names:
-        cells = []
-        for batch, steps in sizes:
-            command = [sys.executable, __file__, "--one", name, str(batch), str(steps)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            except subprocess.TimeoutExpired:
-                cells.append("over 120 s")
-                continue
-            if done.returncode:
-                cells.append(done.stderr.strip().splitlines()[-1][:60])
-                continue
-            found = json.loads(done.stdout)
-            cells.append(f"{found['tokens']:,.0f} ({found['share']:.0%}, {found['extra'] / 1e6:,.0f})")
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(map(cell, measured(name, sizes, given.seconds))) + " |", flush=True)
 
 
 if __name__ == "__main__":
