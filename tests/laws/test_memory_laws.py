@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -18,6 +20,13 @@ from remanence.memory.base import Memory, ragged
 from remanence.state import State, concat, flatten, fork, load, nbytes, save, select, tree_map
 
 CARDS = catalogue.cards("memory")
+FAR = 5000
+SLOW = """atlas atlas++ deep-transformer dla dot fast-weight hippo hope memory-caching omega-delta omeganet
+    self-modifying-titans swdt test-time-regression titans titans-mac titans-mag titans-mal tnt ttt ttt-mlp"""
+SLOW_FAR = 128
+"""Tokens that are far for memories of which a token costs up to milliseconds."""
+CHAOTIC = dict.fromkeys(["memora", "moneta", "yaad"], "shaken, its rule amplifies rounding exponentially in time")
+CHAOTIC["warp"] = "shaken, its transition is free to grow, exponentially in time"
 LENGTHS = st.one_of(st.integers(0, 12), st.sampled_from([63, 64, 65, 70]))
 
 
@@ -69,18 +78,22 @@ def gradients(memory: Memory, x: Tensor, y: Tensor, state: State) -> State:
 
 
 def obeys_resumption(memory: Memory, time: int, cuts: list[int], tolerance: float = 1e-9) -> None:
-    x = tokens(memory, 2, time).requires_grad_()
     start = memory(tokens(memory, 2, 3, seed=5))[1]
     for begin in (None, tree_map(Tensor.detach, start)):
-        y, end = memory(x, begin)
-        pieces, state = [], begin
-        for piece in x.tensor_split(sorted(cuts), dim=1):
-            out, state = memory(piece, state)
-            pieces.append(out)
-        joined = torch.cat(pieces, dim=1)
-        same(joined, y, tolerance)
-        same(state, end, tolerance)
-        same(gradients(memory, x, joined, state), gradients(memory, x, y, end), tolerance)
+        resumes(memory, tokens(memory, 2, time), cuts, begin, tolerance)
+
+
+def resumes(memory: Memory, x: Tensor, cuts: list[int], begin: State | None, tolerance: float) -> None:
+    x.requires_grad_()
+    y, end = memory(x, begin)
+    state, pieces = begin, []
+    for piece in x.tensor_split(sorted(cuts), dim=1):
+        out, state = memory(piece, state)
+        pieces.append(out)
+    joined = torch.cat(pieces, dim=1)
+    same(joined, y, tolerance)
+    same(state, end, tolerance)
+    same(gradients(memory, x, joined, state), gradients(memory, x, y, end), tolerance)
 
 
 def has_constant_state(memory: Memory) -> None:
@@ -165,6 +178,18 @@ def test_resumption_token_by_token_in_both_precisions(id: str) -> None:
 
 
 @every_memory
+@pytest.mark.parametrize("tolerance", [1e-9, 1e-4])
+def test_resumption_far_along(id: str, tolerance: float) -> None:
+    unless_exempt(id, "resumption")
+    if id in CHAOTIC:
+        pytest.skip(CHAOTIC[id])
+    memory = small(id) if tolerance == 1e-9 else small(id).float()
+    time = SLOW_FAR if id in SLOW.split() else FAR
+    cut = Random(f"{id} {tolerance}").randint(0, time)
+    resumes(memory, tokens(memory, 1, time), [cut], None, tolerance)
+
+
+@every_memory
 def test_constant_state_size(id: str) -> None:
     unless_exempt(id, "constant state")
     has_constant_state(small(id))
@@ -193,9 +218,14 @@ def test_foreign_states_are_refused(id: str) -> None:
     refuses(memory, {"foreign": torch.zeros(2, 1)})
     form = {p: t.shape for p, t in flatten(memory.initial_state(2)).items()}
     for other in CARDS:
-        state = small(other).initial_state(2)
+        state = empty(other)
         if {p: t.shape for p, t in flatten(state).items()} != form:
             refuses(memory, state)
+
+
+@cache
+def empty(id: str) -> State:
+    return small(id).initial_state(2)
 
 
 @every_memory

@@ -66,6 +66,10 @@ def expgate(
     With m known beforehand (a running maximum) this is linear attention with decay f_t + m_{t−1} − m_t ≤ 0 and a value
     of 1 beside the others, whose sum is the normaliser. The query is not scaled.
 
+    In float32 the quotient is as exact as its divisor: where the terms of n · q cancel, y and its rounding grow alike.
+    Over 5,000 tokens of random keys without decay that is 6e-5 of the greatest y for i around 0, and 2e-3 for i around
+    5, where that y is 60,000 times a value; published gates, closed at the start, stay below 1e-6.
+
     Args:
         log_forget: f ≤ 0, clamped at −60.
         log_input: i, any number; −∞ writes nothing.
