@@ -276,7 +276,12 @@ def bench(
             typer.echo(json.dumps({"benchmark": id, "says": member.says}) if as_json else f"{id:24} {member.says}")
         return
     settings = benchmarks.parse_settings(setting or [])
-    rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick, **settings)
+    with progress_console.status(name) as status:
+
+        def told(what: str, which: int, of: int) -> None:
+            status.update(f"{which} of {of}: {escape(what)}")
+
+        rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick, on_progress=told, **settings)
     if picture is not None:
         draw(rows, picture, name)
     if as_json:

@@ -18,7 +18,7 @@ from remanence.errors import unknown
 from remanence.evaluation.benchmarks.tasks import S5, Copying, Parity, Recall, Task
 
 if TYPE_CHECKING:
-    from remanence.evaluation.benchmarks.training import Entry
+    from remanence.evaluation.benchmarks.training import Entry, Progress
 
 MEMORIES = ("gated-deltanet", "linear-attention", "min-lstm", "sliding-window")
 """What is compared when no memory is named."""
@@ -26,11 +26,19 @@ MEMORIES = ("gated-deltanet", "linear-attention", "min-lstm", "sliding-window")
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks, and how memories take part in them: `entries` turns their names into what is trained."""
+    """Tasks, and how memories take part in them: `entries` turns their names into what is trained.
+
+    `training` are settings of the training, and `quick` those of a short one (half the steps by default); `memories`
+    are compared when none is named; `measure(tasks, entries, seed=..., on_progress=..., **training)`
+    makes the rows where `training.run_benchmark` does not.
+    """
 
     tasks: Mapping[str, Task]
     entries: Callable[[Sequence[str]], Sequence[str | Entry]] = list
     training: Mapping[str, Any] | None = None
+    quick: Mapping[str, Any] | None = None
+    memories: Sequence[str] = MEMORIES
+    measure: Callable[..., list[dict[str, Any]]] | None = None
 
 
 @card(
@@ -86,15 +94,23 @@ def parse_settings(given: Sequence[str]) -> dict[str, Any]:
 
 
 def run(
-    name: str, memories: Sequence[str] | None = None, *, seed: int = 0, quick: bool = False, **settings: Any
+    name: str,
+    memories: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    on_progress: Progress | None = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Train a small stack of each memory on one benchmark and examine it: a row per task and memory.
 
     Args:
         name: one of `names()`.
-        memories: names from the catalogue, or patterns such as `"3*gla, softmax"`; None compares `MEMORIES`.
+        memories: names from the catalogue, or patterns such as `"3*gla, softmax"`; None compares `MEMORIES`, or what
+            the benchmark does when none is named.
         seed: of data and weights.
         quick: half the steps: some seconds for each memory, not always enough to learn what it could.
+        on_progress: is told what is about to be trained, the how-manieth it is, and of how many.
         settings: of the benchmark itself (`pairs=16`), or of `remanence.evaluation.benchmarks.training.run_benchmark`:
             steps, dim, layers, batch, rate.
 
@@ -104,14 +120,16 @@ def run(
 
     make = catalogue.find(name, "benchmark").make
     own = set(inspect.signature(make).parameters)
-    common = {"steps", "dim", "layers", "batch", "rate", "arguments"}
-    for setting in settings:
-        if setting not in own | common:
-            raise unknown(f"setting of {name}", setting, own | common - {"arguments"})
     made = make(**{k: v for k, v in settings.items() if k in own})
     suite = made if isinstance(made, Suite) else Suite(made)
     training = {"steps": STEPS, **(suite.training or {})}
+    common = {"steps", "dim", "layers", "batch", "rate", "arguments"} if suite.measure is None else set(training)
+    for setting in settings:
+        if setting not in own | common:
+            raise unknown(f"setting of {name}", setting, own | common - {"arguments"})
+    if quick:
+        training |= suite.quick or {"steps": training["steps"] // 2}
     training |= {k: v for k, v in settings.items() if k not in own}
-    if quick and "steps" not in settings:
-        training["steps"] //= 2
-    return run_benchmark(suite.tasks, suite.entries(MEMORIES if memories is None else memories), seed=seed, **training)
+    entries = suite.entries(suite.memories if memories is None else memories)
+    measure = suite.measure or run_benchmark
+    return measure(suite.tasks, entries, seed=seed, on_progress=on_progress, **training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from remanence import catalogue, state
 from remanence.evaluation.benchmarks.tasks import Task, score
 from remanence.models.language import LanguageModel, parse_pattern
 
+Progress = Callable[[str, int, int], None]
+"""Is told what comes, the how-manieth it is, and of how many."""
 STEPS = 400
 SETTINGS: Mapping[str, Mapping[str, Any]] = {"sliding-window": {"window": 8}}
 """Arguments of memories in the benchmarks: two layers of this window reach no further back than the pause of `mqar`."""
@@ -66,6 +68,14 @@ def examine(model: LanguageModel, task: Task, *, batches: int, batch: int, seed:
     return right / total, bits / positions
 
 
+def warmed(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The rate, warmed up over a tenth of the steps (two at least) and lowered to zero along a cosine."""
+    share = max(0.1, 2 / steps) if steps > 2 else 0.0
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=rate, total_steps=steps, pct_start=share, cycle_momentum=False
+    )
+
+
 def train(
     name: str,
     task: Task,
@@ -89,9 +99,7 @@ def train(
         torch.manual_seed(seed)
         model = Reader(pattern, vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rate, total_steps=steps, pct_start=min(0.1, 1 - 1 / steps), cycle_momentum=False
-    )
+    schedule = warmed(optimizer, rate, steps)
     data = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         drawn = task.draw(batch, data)
@@ -115,6 +123,7 @@ def run_benchmark(
     batch: int = 32,
     rate: float = 5e-3,
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
+    on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """A row per task and memory: `task`, `memory`, a share of right answers for each of the task's `exams` (most
     have `accuracy` and `longer`, on what no training saw), `loss` (bits per answer), `chance`, `state_bytes` (one
@@ -130,9 +139,11 @@ def run_benchmark(
     entries = [m if isinstance(m, Entry) else Entry(_titled(m, arguments), m) for m in memories]
     for name in {name for entry in entries for name in parse_pattern(entry.pattern)}:
         catalogue.find(name, "memory")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for title, task in tasks.items():
         for entry in entries:
+            if on_progress:
+                on_progress(f"{title}, {entry.title}", len(rows) + 1, len(tasks) * len(entries))
             how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch}
             start = time.perf_counter()
             given = {**arguments, **entry.arguments}
