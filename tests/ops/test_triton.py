@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from remanence.ops import dispatch, linear_attention, linear_attention_reference, scan, scan_reference
+from remanence.ops import (
+    dispatch,
+    gated_delta_rule,
+    gated_delta_rule_reference,
+    linear_attention,
+    linear_attention_reference,
+    scan,
+    scan_reference,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'remanence[triton]'")
 
@@ -95,7 +104,47 @@ def test_linear_attention_with_features_for_several_blocks(obeys, draw, decay):
     obeys(op, linear_attention_reference, outer_products(draw, 20, decay, K=70, V=40), [], tolerance=TOLERANCE)
 
 
+def writes(draw, T, decay=True, K=K, V=V):
+    noise = draw(T)
+    key = F.normalize(noise(B, H, T, K).detach(), dim=-1).requires_grad_()
+    beta = (2 * noise(B, H, T).detach().sigmoid()).requires_grad_()
+    x = [noise(B, H, T, K), key, noise(B, H, T, V), beta]
+    return hard([*x, (-0.3 * noise(B, H, T).detach().abs()).requires_grad_()]) if decay else x
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize(("T", "chunk_size", "cuts"), [(2, 64, []), (37, 16, [20]), (100, 64, []), (40, 32, [])])
+def test_gated_delta_rule(obeys, draw, decay, T, chunk_size, cuts):
+    op = through_triton(gated_delta_rule, chunk_size=chunk_size)
+    state = {"S": draw(9)(B, H, K, V)}
+    obeys(op, gated_delta_rule_reference, writes(draw, T, decay), cuts, state, tolerance=TOLERANCE)
+
+
+def test_gated_delta_rule_with_features_for_several_blocks(obeys, draw):
+    op = through_triton(gated_delta_rule, chunk_size=16)
+    obeys(op, gated_delta_rule_reference, writes(draw, 20, K=70, V=40), [], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_hard_triangular_systems_in_float32(agrees_in_float32, beta, spread):
+    """Keys that (nearly) repeat and full writes: the chunk's system is as far from the identity as it gets."""
+    noise = torch.Generator().manual_seed(1)
+    keys = F.normalize(torch.ones(1, 1, 1, 16) + spread * torch.randn(1, 1, 128, 16, generator=noise), dim=-1)
+    q, v = torch.randn(1, 1, 128, 16, generator=noise), torch.randn(1, 1, 128, 8, generator=noise)
+
+    def op(*x):
+        if x[0].dtype == torch.float64:
+            return gated_delta_rule_reference(*x)
+        with dispatch.triton_everywhere():
+            y, state = gated_delta_rule(*(t.to(DEVICE) for t in x))
+        return y.cpu(), {"S": state["S"].cpu()}
+
+    agrees_in_float32(op, [q, keys, v, torch.full((1, 1, 128), beta)])
+
+
 CASES = {
+    "gated delta rule": (gated_delta_rule, lambda draw: writes(draw, 20)),
     "linear attention": (linear_attention, lambda draw: outer_products(draw, 20, "head")),
     "linear attention, decay per key": (linear_attention, lambda draw: outer_products(draw, 20, "key")),
 }

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops import steps
+from remanence.ops import dispatch, steps
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
-from remanence.ops.dispatch import compiled
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -66,15 +65,20 @@ def gated_delta_rule(
         return y, {"S": S}
     if not key.shape[2]:
         return gated_delta_rule_reference(query, key, value, beta, log_decay, state)
-    dtype = recurrent_dtype(value)
+    dtype, (B, H, T, K) = recurrent_dtype(value), key.shape
+    start = value.new_zeros(B, H, K, value.shape[3], dtype=dtype) if state is None else state["S"].to(dtype)
+    if T > 1 and K <= 256 and dispatch.triton(value):  # whose programs hold whole columns of the state
+        from remanence.ops.gpu.delta import GatedDeltaRule
+
+        y, S = GatedDeltaRule.apply(query, key, value, beta, log_decay, start, min(chunk_size, T))
+        return y, {"S": S}
     q, k, v, b = (x.to(dtype) for x in (query, key, value, beta))
-    start = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state["S"].to(dtype)
     g = None if log_decay is None else log_decay.to(dtype)
-    if k.shape[2] == 1:
+    if T == 1:
         y, S = _step(q, k, v, b, g, start)
         return y.to(value.dtype), {"S": S}
-    run = _Compiled.apply if compiled(k) else _by_chunks
-    y, S = run(q, k, v, b, g, start, min(chunk_size, k.shape[2]))
+    run = _Compiled.apply if dispatch.compiled(k) else _by_chunks
+    y, S = run(q, k, v, b, g, start, min(chunk_size, T))
     return y.to(value.dtype), {"S": S}
 
 

@@ -139,6 +139,7 @@ class Sizes:
     C: int
     BK: int
     BV: int
+    largest: int
     dtype: torch.dtype
     wide: Any
     operand: Any
@@ -153,7 +154,7 @@ class Sizes:
         largest = 64 if narrow else 32  # what a program holds in registers without spilling, as compiled for sm_90
         (B, H, T, K), V = k.shape, v.shape[3]
         C, BK, BV = power(chunk_size), power(K, largest), power(V, largest)
-        return cls(B, H, T, K, V, kind, C, BK, BV, dtype, wide, tl.bfloat16 if narrow else wide)
+        return cls(B, H, T, K, V, kind, C, BK, BV, largest, dtype, wide, tl.bfloat16 if narrow else wide)
 
     @property
     def chunks(self) -> int:
@@ -162,6 +163,10 @@ class Sizes:
     @property
     def heads(self) -> int:
         return self.B * self.H
+
+    def states(self, like: Tensor) -> Tensor:
+        """Room for the states before each chunk and after the last, or for their gradients."""
+        return like.new_empty(self.heads, self.chunks + 1, self.K, self.V, dtype=self.dtype)
 
 
 def power(n: int, largest: int = 64) -> int:

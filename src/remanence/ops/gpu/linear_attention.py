@@ -236,14 +236,14 @@ def _pair_gradients(
     put(d_k, d_k_at, r, H, border, T, d, K, out_k + take(d_k, d_k_at, r, H, border, T, d, K, N, BK, WIDE), N, BK)
 
 
-def _grid(n: Sizes, *features: int) -> tuple[int, ...]:
+def grid(n: Sizes, *features: int) -> tuple[int, ...]:
     """Chunks, blocks of features, heads."""
     return n.chunks, *features, n.heads
 
 
 def walk(n: Sizes, k: Tensor, v: Tensor, g: Tensor | None, border: Tensor, reverse: bool) -> Tensor:
     """The states [B·H, chunks + 1, K, V] from the first on or, in reverse, their gradients from the last."""
-    S = k.new_empty(n.heads, n.chunks + 1, n.K, n.V, dtype=n.dtype)
+    S = n.states(k)
     S[:, -1 if reverse else 0] = border.flatten(0, 1)
     _states[triton.cdiv(n.K, n.BK), triton.cdiv(n.V, n.BV), n.heads](
         *strided(k, k), *strided(v, k), *strided(g, k), S, n.T, n.H, n.K, n.V, reverse,
@@ -266,7 +266,7 @@ def scores_per_key(n: Sizes, q: Tensor, k: Tensor, g: Tensor | None) -> Tensor |
 
 def read(n: Sizes, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, P: Tensor | None, S: Tensor, y: Tensor) -> None:
     """Write Y."""
-    _outputs[_grid(n, triton.cdiv(n.V, n.BV))](
+    _outputs[grid(n, triton.cdiv(n.V, n.BV))](
         *strided(q, k), *strided(k, k), *strided(v, k), *strided(g, k), *strided(P, k), S, *strided(y, k),
         n.T, n.H, n.K, n.V, n.kind, n.C, n.BK, n.BV, n.wide, n.operand, **OPTIONS,
     )  # fmt: skip
@@ -283,7 +283,7 @@ def value_gradients(
     d_v: Tensor,
 ) -> None:
     """Write ∂V, without what comes through later states where their gradients are not given."""
-    _value_gradients[_grid(n, triton.cdiv(n.V, n.BV))](
+    _value_gradients[grid(n, triton.cdiv(n.V, n.BV))](
         *strided(q, k), *strided(k, k), *strided(g, k), *strided(P, k), *strided(d_y, k),
         k if d_S is None else d_S, *strided(d_v, k), n.T, n.H, n.K, n.V, d_S is not None,
         n.kind, n.C, n.BK, n.BV, n.wide, n.operand, **OPTIONS,
@@ -307,7 +307,7 @@ def key_gradients(
     """
     d_q, d_k = blank(q, n.dtype), blank(k, n.dtype)
     over = k.new_empty(n.heads, n.chunks, n.K, dtype=n.dtype)
-    _key_gradients[_grid(n, triton.cdiv(n.K, n.BK))](
+    _key_gradients[grid(n, triton.cdiv(n.K, n.BK))](
         *strided(q, k), *strided(k, k), *strided(v, k), *strided(g, k), S, S if d_S is None else d_S,
         *strided(d_y, k), *strided(d_q, k), *strided(d_k, k), over, n.T, n.H, n.K, n.V, strict, d_S is not None,
         n.kind, n.C, n.BK, n.BV, n.wide, n.operand, **OPTIONS,
@@ -363,8 +363,8 @@ def _plain(n: Sizes) -> Any:
     from remanence.ops.linear_attention import _by_chunks
 
     def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
-        wide = q.to(n.dtype), k.to(n.dtype), v.to(n.dtype), None if g is None else g.to(n.dtype)
-        y, S = _by_chunks(*wide, start, n.C)
+        g = None if g is None else g.to(n.dtype)
+        y, S = _by_chunks(q.to(n.dtype), k.to(n.dtype), v.to(n.dtype), g, start, n.C)
         return y.to(v.dtype), S
 
     return plain
