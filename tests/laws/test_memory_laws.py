@@ -27,6 +27,8 @@ SLOW_FAR = 128
 """Tokens that are far for memories of which a token costs up to milliseconds."""
 CHAOTIC = dict.fromkeys(["memora", "moneta", "yaad"], "shaken, its rule amplifies rounding exponentially in time")
 CHAOTIC["warp"] = "shaken, its transition is free to grow, exponentially in time"
+ONLY_SIGNS = {"ckconv": ("net.0.weight",), "ckconv-block": ("convs.0.net.0.weight", "convs.1.net.0.weight")}
+"""Normalised weights of one input: nothing but their sign counts, which has no slope."""
 LENGTHS = st.one_of(st.integers(0, 12), st.sampled_from([63, 64, 65, 70]))
 
 
@@ -34,6 +36,12 @@ def small(id: str, **changes: object) -> Memory:
     """A small member in float64, moved away from its initialisation so that every gate matters."""
     torch.manual_seed(7)
     return shaken(CARDS[id].make(**{**CARDS[id].small, **changes}))
+
+
+def new(id: str) -> Memory:
+    """A small member as it starts."""
+    torch.manual_seed(7)
+    return CARDS[id].make(**CARDS[id].small)
 
 
 def shaken(memory: Memory) -> Memory:
@@ -153,6 +161,30 @@ def refuses(memory: Memory, foreign: State) -> None:
     raise AssertionError("a foreign state was taken")
 
 
+def uses_its_parameters(memory: Memory, but: tuple[str, ...] = ()) -> None:
+    y, _ = memory(tokens(memory, 2, 40))
+    y.square().sum().backward()
+    unused = {n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()}
+    assert unused <= set(but), unused
+
+
+def stays_finite(memory: Memory, time: int) -> None:
+    """However loud the input, in float32."""
+    x = 40 * tokens(memory.float(), 1, time)
+    y, state = memory(x.requires_grad_())
+    y.sum().backward()
+    numbers = {"y": y, "x": x.grad, **flatten(state), **{n: p.grad for n, p in memory.named_parameters()}}
+    assert [n for n, t in numbers.items() if t is not None and not t.isfinite().all()] == []
+
+
+def follows_in_bfloat16(memory: Memory, tolerance: float = 0.05) -> None:
+    x = tokens(memory.float(), 2, 60)
+    want, _ = memory(x)
+    got, _ = memory.bfloat16()(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).square().mean() < tolerance**2 * (1 + want.square().mean())
+
+
 every_memory = pytest.mark.parametrize("id", [*CARDS])
 
 
@@ -237,6 +269,21 @@ def test_recurrent_tensors_are_wide(id: str) -> None:
         assert all(t.element_size() >= 4 for t in flatten(state).values() if t.is_floating_point())
 
 
+@every_memory
+def test_every_parameter_is_used(id: str) -> None:
+    uses_its_parameters(small(id), ONLY_SIGNS.get(id, ()))
+
+
+@every_memory
+def test_loud_inputs_stay_finite(id: str) -> None:
+    stays_finite(new(id), 60 if id in SLOW.split() else 300)
+
+
+@every_memory
+def test_bfloat16_follows_float32(id: str) -> None:
+    follows_in_bfloat16(new(id))
+
+
 # Broken memories: each breaks one law, and the same functions must say so.
 
 
@@ -308,6 +355,23 @@ class SharesItsState(Sum):
         return y, after
 
 
+class NeglectsAParameter(Sum):
+    def __init__(self, dim: int = 4):
+        super().__init__(dim)
+        self.idle = nn.Parameter(torch.ones(dim))
+
+
+class Overflows(Sum):
+    def step(self, h, x):
+        return 0.5 * h + x.exp().exp()
+
+
+class RoundsItsState(Sum):
+    def step(self, h, x):
+        h = super().step(h, x)
+        return h.round() if x.dtype == torch.bfloat16 else h
+
+
 class MixesRows(Sum):
     def step(self, h, x):
         return 0.5 * h + x + 0.1 * h.mean(0)
@@ -326,6 +390,9 @@ def laws(path: Path) -> dict[str, Callable[[Memory], None]]:
         "left alone": leaves_its_state_alone,
         "rows": keeps_rows_apart,
         "foreign": lambda m: refuses(m, m.initial_state(3)),
+        "parameters": uses_its_parameters,
+        "loud": lambda m: stays_finite(m, 20),
+        "bfloat16": follows_in_bfloat16,
     }
 
 
@@ -346,6 +413,9 @@ def test_an_obedient_memory_passes_every_law(tmp_path: Path) -> None:
         (SharesItsState, "left alone"),
         (MixesRows, "rows"),
         (TakesAnyState, "foreign"),
+        (NeglectsAParameter, "parameters"),
+        (Overflows, "loud"),
+        (RoundsItsState, "bfloat16"),
     ],
 )
 def test_each_law_catches_a_memory_that_breaks_it(broken: type[Memory], law: str, tmp_path: Path) -> None:

@@ -47,33 +47,6 @@ def shaken(memory: Memory) -> Memory:
     return memory
 
 
-@every
-def test_every_parameter_is_used(layer: type[Memory]) -> None:
-    memory = shaken(layer(16))
-    y, _ = memory(x(16))
-    y.square().sum().backward()
-    assert [n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-@every
-def test_gates_at_their_extremes_stay_finite_in_float32(layer: type[Memory]) -> None:
-    memory = layer(16)
-    inputs = (40 * torch.randn(1, 600, 16)).requires_grad_()
-    y, _ = memory(inputs)
-    y.sum().backward()
-    grads = [p.grad for p in memory.parameters()]
-    assert all(t is not None and t.isfinite().all() for t in [y, inputs.grad, *grads])
-
-
-@every
-def test_bfloat16_follows_float32(layer: type[Memory]) -> None:
-    memory = layer(32)
-    inputs = torch.randn(1, 100, 32)
-    want, _ = memory(inputs)
-    got, _ = memory.bfloat16()(inputs.bfloat16())
-    assert (got.float() - want).square().mean() < 0.03**2 * (1 + want.square().mean())
-
-
 @pytest.mark.parametrize("layer", HEADED)
 def test_heads_that_do_not_divide_are_refused_in_words(layer: type[Memory]) -> None:
     with pytest.raises(ValueError, match=f"{layer.__name__}: dim must be a positive multiple of .*heads=4"):

@@ -82,32 +82,6 @@ def test_resumption_also_of_the_settings_that_the_laws_do_not_build(name: str) -
         near(got, want, 1e-8 * (1 + want.abs().max().item()))
 
 
-@every
-def test_every_parameter_is_used(name: str) -> None:
-    memory = made(name)
-    memory(tokens(12))[0].square().sum().backward()
-    assert [n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-@every
-def test_gates_at_their_extremes_stay_finite_in_float32(name: str) -> None:
-    memory = made(name, shake=0.0).float()
-    x = (40 * tokens(600, batch=1)).float().requires_grad_()
-    y, _ = memory(x)
-    y.sum().backward()
-    assert all(t is not None and t.isfinite().all() for t in [y, x.grad, *(p.grad for p in memory.parameters())])
-
-
-@every
-def test_bfloat16_follows_float32(name: str) -> None:
-    memory, x = made(name, shake=0.0).float(), tokens(60).float()
-    want, _ = memory(x)
-    got, after = memory.bfloat16()(x.bfloat16())
-    assert got.dtype == torch.bfloat16
-    assert all(t.element_size() >= 4 for t in flatten(after).values() if t.is_floating_point())
-    assert (got.float() - want).square().mean() < 0.05**2 * (1 + want.square().mean())
-
-
 def test_arguments_out_of_range_are_refused_in_words() -> None:
     for build, words in [
         (lambda: LightningAttention(30), "positive multiple of heads, got dim=30, heads=4"),

@@ -36,33 +36,6 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-10) -> No
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("layer", ALL)
-def test_every_parameter_is_used(layer: type) -> None:
-    memory = layer(16).double()
-    y, _ = memory(x(16))
-    y.square().sum().backward()
-    assert [n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-@pytest.mark.parametrize("layer", ALL)
-def test_gates_at_their_extremes_stay_finite_in_float32(layer: type) -> None:
-    memory = layer(16)
-    inputs = (40 * torch.randn(1, 600, 16)).requires_grad_()
-    y, _ = memory(inputs)
-    y.sum().backward()
-    grads = [p.grad for p in memory.parameters()]
-    assert all(t is not None and t.isfinite().all() for t in [y, inputs.grad, *grads])
-
-
-@pytest.mark.parametrize("layer", ALL)
-def test_bfloat16_follows_float32(layer: type) -> None:
-    memory = layer(32)
-    inputs = torch.randn(1, 100, 32)
-    want, _ = memory(inputs)
-    got, _ = memory.bfloat16()(inputs.bfloat16())
-    assert (got.float() - want).square().mean() < 0.05**2 * (1 + want.square().mean())
-
-
 def test_arguments_out_of_range_are_refused_in_words() -> None:
     for build, words in [
         (lambda: Mamba(8, states=0), "Mamba: dim, width, states and rank must be at least 1, got 8, 16, 0, 1"),
