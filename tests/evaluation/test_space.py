@@ -90,18 +90,24 @@ def test_wrong_settings_are_refused_before_anything_is_trained(settings, error, 
         benchmarks.run("space", **settings)
 
 
-def test_a_memory_that_diverges_says_so_and_the_others_go_on(monkeypatch):
+def test_a_memory_that_diverges_says_so_and_keeps_its_other_scores(monkeypatch, tmp_path):
     from remanence.evaluation.benchmarks import space
 
     def diverges(task, arguments, **how):
-        if arguments["read"] == "before":
+        if arguments["read"] == "before" and not task.corrupted:
             raise RemanenceError("by token 7 its steps are too large.")
         return 0.5
 
     monkeypatch.setattr(space, "recall", diverges)
     rows = benchmarks.run("space", structure="matrix", read="before,after", **TINY)
-    assert rows[0] == {"memory": "structure=matrix read=before", "not_measured": "by token 7 its steps are too large."}
-    assert rows[1]["recall"] == 0.5
+    assert [row.get("recall") for row in rows] == [None, 0.5, None]
+    assert [row.get("noisy recall") for row in rows] == [0.5, 0.5, None]
+    assert rows[2] == {
+        "memory": "structure=matrix read=before",
+        "not_measured": "recall: by token 7 its steps are too large.",
+    }
+    assert "–" in list(show(rows)[0].columns[1].cells)
+    draw(rows, tmp_path / "space.svg")
 
 
 def test_pairs_are_told_as_often_as_said_and_asked_for_only_then():

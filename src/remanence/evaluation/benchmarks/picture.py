@@ -40,6 +40,8 @@ def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
     return f"{value:.3f}" if isinstance(value, float) and name != "seconds" else str(value)
 
 
@@ -66,11 +68,12 @@ def draw(rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> N
     for panel, task in zip(panels, tasks, strict=True):
         own = [row for row in rows if row.get("task", "") == task]
         score = scores(own[0])[0]
+        own = [row for row in own if row[score] is not None]
         for i, name in enumerate(names):
             points = sorted((row["state_bytes"], row[score]) for row in own if row["memory"].split()[0] == name)
             if points:
                 panel.plot(*zip(*points, strict=True), "os^Dv*Ph"[i // 10 % 8] + "-", color=f"C{i % 10}", label=name)
-        if "chance" in own[0]:
+        if own and "chance" in own[0]:
             panel.axhline(own[0]["chance"], color="grey", linestyle=":", label="chance")
         panel.set(title=task, xlabel="bytes of state", ylabel=score, ylim=(-0.03, 1.03))
         if all(row["state_bytes"] > 0 for row in own):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from remanence.ops.fast_weight import READS
 from remanence.ops.objectives import OBJECTIVES
 from remanence.ops.retention import RETENTIONS
 from remanence.optim.adamw import AdamW
+from remanence.state import nbytes
 from remanence.streams import open_source
 
 MEMORY = "fast-weight"
@@ -82,7 +84,8 @@ def space(
         parity: length of the sequences of bits on which tracking is learned.
         stream: what is read for bits per byte, as `remanence learn` takes it.
 
-    The memories that take part by name are those of `memory.fast_weight.ROWS`.
+    The memories that take part by name are those of `memory.fast_weight.ROWS`. Where a memory fails, the others go on:
+    its score is None, and a row after all others says what was `not_measured`, and why.
 
     Raises: `UnknownName` for an answer that there is none of.
     """
@@ -106,12 +109,15 @@ def space(
         tasks: Mapping[str, Task], entries: Sequence[Entry], on_progress: Progress | None, **training: Any
     ) -> list[dict[str, Any]]:
         open_source(stream)  # a stream that is not there should be known at once
-        rows = []
+        rows: list[dict[str, Any]] = []
+        lacking: list[dict[str, Any]] = []
         for i, entry in enumerate(entries):
             if on_progress:
                 on_progress(entry.title, i + 1, len(entries))
-            rows.append(_row(entry, told, tasks, stream, **training))
-        return rows
+            row, reasons = _row(entry, told, tasks, stream, **training)
+            rows += [row] if row else []
+            lacking += [{"memory": entry.title, "not_measured": reason} for reason in reasons]
+        return rows + lacking
 
     return Suite(
         {"tracking": Parity(parity)},
@@ -156,21 +162,36 @@ def _listed(question: str, given: Any) -> list[Any]:
 
 def _row(
     entry: Entry, told: Mapping[str, Pairs], tasks: Mapping[str, Task], stream: str, **training: Any
-) -> dict[str, Any]:
-    """The scores of one memory, or the reason why it has none."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The scores of one memory, None where it failed, and why; nothing but the reason where there is no such memory."""
     arguments, begun = dict(entry.arguments[MEMORY]), time.process_time()
     small = {name: training[name] for name in ("dim", "rate", "seed")}
-    trained = small | {name: training[name] for name in ("steps", "batch")}
+    trained, layers = small | {name: training[name] for name in ("steps", "batch")}, training["layers"]
     try:
-        FastWeightMemory(training["dim"], **arguments)
-        row: dict[str, Any] = {"memory": entry.title}
-        row |= {name: recall(task, arguments, **trained) for name, task in told.items()}
-        (tracked,) = run_benchmark(tasks, [entry], layers=training["layers"], **trained)
-        row |= {"tracking": tracked["accuracy"], "longer": tracked["longer"]}
-        row["bits_per_byte"] = prequential(entry, stream, training["bytes"], layers=training["layers"], **small)
-    except (RemanenceError, ValueError) as reason:
-        return {"memory": entry.title, "not_measured": str(reason)}
-    return row | {"state_bytes": tracked["state_bytes"], "seconds": round(time.process_time() - begun, 1)}
+        with torch.random.fork_rng(devices=[]):
+            held = layers * nbytes(FastWeightMemory(training["dim"], **arguments).initial_state(1))
+    except ValueError as refused:
+        return {}, [str(refused)]
+
+    def track() -> tuple[float, float]:
+        (found,) = run_benchmark(tasks, [entry], layers=layers, **trained)
+        return found["accuracy"], found["longer"]
+
+    measures: dict[tuple[str, ...], Callable[[], Any]] = {
+        **{(name,): partial(recall, task, arguments, **trained) for name, task in told.items()},
+        ("tracking", "longer"): track,
+        ("bits_per_byte",): partial(prequential, entry, stream, training["bytes"], layers=layers, **small),
+    }
+    row: dict[str, Any] = {"memory": entry.title}
+    reasons = []
+    for columns, measure in measures.items():
+        row |= dict.fromkeys(columns)
+        try:
+            found = measure()
+            row |= zip(columns, found if len(columns) > 1 else [found], strict=True)
+        except RemanenceError as failed:
+            reasons.append(f"{columns[0].replace('_', ' ')}: {failed}")
+    return row | {"state_bytes": held, "seconds": round(time.process_time() - begun, 1)}, reasons
 
 
 def prequential(entry: Entry, stream: str, bytes: int, *, dim: int, layers: int, rate: float, seed: int) -> float:
