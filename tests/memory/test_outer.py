@@ -406,9 +406,21 @@ def test_recurrentgemma_repeats_its_pattern_and_has_the_published_sizes() -> Non
     kinds = [type(m) for m in RecurrentGemma(8, layers=5, heads=2).memories]
     assert kinds == [Griffin, Griffin, WindowAttention, Griffin, Griffin]
     with torch.device("meta"):
-        small, large = RecurrentGemma(2560), RecurrentGemma(4096, layers=38, heads=16)
+        small, large = RecurrentGemma(2560), RecurrentGemma(4096, layers=38)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, large)]
     assert [round(n / 1e9, 1) for n in sizes] == [2.0, 7.5]
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(2560, 10), (4096, 16), (512, 2), (300, 3), (96, 1), (1036, 7)])
+def test_recurrentgemma_has_heads_of_at_most_256_features_at_any_width(dim: int, heads: int) -> None:
+    with torch.device("meta"):
+        model = RecurrentGemma(dim, layers=3, hidden=8)
+    assert [m.heads for m in model.memories if isinstance(m, WindowAttention)] == [heads]
+
+
+def test_recurrentgemma_says_which_widths_have_heads() -> None:
+    with pytest.raises(ValueError, match="dim must be a positive multiple of 4 unless heads are given, got dim=6"):
+        RecurrentGemma(6)
 
 
 def test_recurrentgemma_blocks_add_to_the_stream() -> None:

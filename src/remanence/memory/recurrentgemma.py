@@ -16,6 +16,15 @@ from remanence.memory.parts import RMSNorm
 from remanence.state import State
 
 PATTERN = ("recurrent", "recurrent", "attention")
+HEAD = 256
+"""Features of a head in the released models."""
+
+
+def _fewest(dim: int) -> int:
+    """Of heads no wider than the released models', whose rotated half comes in pairs."""
+    if dim < 1 or dim % 4:
+        raise ValueError(f"RecurrentGemma: dim must be a positive multiple of 4 unless heads are given, got dim={dim}.")
+    return next(n for n in range(-(-dim // HEAD), dim // 4 + 1) if dim % (4 * n) == 0)
 
 
 class GatedMLP(nn.Module):
@@ -58,12 +67,13 @@ class RecurrentGemma(Memory):
     r"""The trunk of a RecurrentGemma model: residual blocks of `Griffin` or `WindowAttention`, each with a GeGLU.
 
     A language model of it reads embeddings times √dim, and its logits are 30·tanh(E·y/30) with the same embeddings E.
-    The defaults are the 2B model at `dim=2560`; the 9B model has `dim=4096, layers=38, heads=16`.
+    The defaults are the 2B model at `dim=2560`; the 9B model has `dim=4096, layers=38`.
 
     Args:
         dim: features of the stream.
         layers: residual blocks, whose kinds repeat `pattern`.
-        heads: of attention, and blocks of the recurrent gates' maps.
+        heads: of attention, and blocks of the recurrent gates' maps; by default as few as leave a head at most the 256
+            features of the released models.
         kv_heads: heads of keys and values.
         width: features of the recurrence; `dim` by default.
         hidden: of the GeGLU; 3·dim by default.
@@ -83,7 +93,7 @@ class RecurrentGemma(Memory):
         dim: int,
         *,
         layers: int = 26,
-        heads: int = 10,
+        heads: int | None = None,
         kv_heads: int = 1,
         width: int | None = None,
         hidden: int | None = None,
@@ -94,12 +104,13 @@ class RecurrentGemma(Memory):
     ):
         super().__init__()
         self.dim = dim
+        many = heads or _fewest(dim)
 
         def block(kind: str) -> Memory:
             if kind == "recurrent":
-                return Griffin(dim, width=width, heads=heads, conv=conv)
+                return Griffin(dim, width=width, heads=many, conv=conv)
             if kind == "attention":
-                return WindowAttention(dim, heads=heads, kv_heads=kv_heads, window=window, rotary=0.5, out_bias=True)
+                return WindowAttention(dim, heads=many, kv_heads=kv_heads, window=window, rotary=0.5, out_bias=True)
             raise unknown("kind of block", kind, PATTERN)
 
         kinds = [pattern[i % len(pattern)] for i in range(layers)]
