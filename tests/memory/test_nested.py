@@ -11,7 +11,7 @@ from remanence.learning import Learner
 from remanence.memory import Hope, SelfModifyingTitans
 from remanence.memory.continuum import ContinuumMemory
 from remanence.models.language import ChannelMixer, LanguageModel
-from remanence.ops.fast_weight import fast_weight_read
+from remanence.ops.inner_network import fast_weight_read
 from remanence.optim import clocked
 from remanence.state import flatten
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
-from remanence.ops import gated_delta_rule, gated_delta_rule_carry, gated_delta_rule_reference
+from remanence.ops import dispatch, gated_delta_rule, gated_delta_rule_carry, gated_delta_rule_reference
 from remanence.ops.delta import _by_chunks
 
 B, H, K, V = 2, 2, 5, 3
@@ -116,3 +116,16 @@ def test_views_are_read_in_place(draw):
     torch.testing.assert_close(y, want, rtol=0, atol=0)
     for got, expected in zip(torch.autograd.grad(y.sum(), views), torch.autograd.grad(want.sum(), x), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_second_derivatives_of_inputs_made_of_each_other(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 9, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    beta = torch.rand(1, 1, 9, generator=generator, dtype=torch.float64)
+    found = []
+    for floor in (0, 2**62):
+        monkeypatch.setattr(dispatch, "COMPILED_FROM", floor)
+        y = gated_delta_rule(x, x, 2 * x, beta)[0]
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

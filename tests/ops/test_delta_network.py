@@ -4,7 +4,7 @@ import torch
 from remanence.errors import ShapeError
 from remanence.ops.delta import gated_delta_rule_reference
 from remanence.ops.delta_network import delta_network, delta_network_reference
-from remanence.ops.fast_weight import fast_weight_read
+from remanence.ops.inner_network import fast_weight_read
 
 
 def draw(T, layers=2, residual=False, seed=0, K=5, V=None):

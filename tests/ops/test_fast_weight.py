@@ -7,13 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError
-from remanence.ops.fast_weight import (
-    fast_weight,
-    fast_weight_reference,
-    fast_weight_state,
-    inner_gradient,
-    momentum_coefficients,
-)
+from remanence.ops.fast_weight import fast_weight, fast_weight_reference, fast_weight_state, momentum_coefficients
+from remanence.ops.inner_network import inner_gradient
 from remanence.ops.objectives import OBJECTIVES
 from remanence.ops.retention import RETENTIONS, Elastic, Lq
 from remanence.state import concat, flatten, nbytes, select

@@ -12,7 +12,8 @@ from remanence.catalogue import card
 from remanence.errors import RemanenceError, unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
-from remanence.ops.fast_weight import READS, fast_weight, fast_weight_read, fast_weight_state
+from remanence.ops.fast_weight import READS, fast_weight, fast_weight_state
+from remanence.ops.inner_network import fast_weight_read
 from remanence.ops.objectives import OBJECTIVES, Huber, Objective, PNorm
 from remanence.ops.retention import RETENTIONS, Lq, Retention
 from remanence.state import State, flatten

@@ -14,7 +14,8 @@ from remanence.catalogue import card
 from remanence.errors import StateError, expect, unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
-from remanence.ops.fast_weight import fast_weight_read, piece_sizes
+from remanence.ops.inner_network import fast_weight_read
+from remanence.ops.phases import piece_sizes
 from remanence.ops.taps import Call, tap
 from remanence.ops.ttt import ttt_read, ttt_weights
 from remanence.state import Form, State, check_state, concat, form, select, tree_map

@@ -13,7 +13,9 @@ from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
 from remanence.ops.delta_network import delta_network
-from remanence.ops.fast_weight import by_phase, fast_weight_read, fast_weight_state
+from remanence.ops.fast_weight import fast_weight_state
+from remanence.ops.inner_network import fast_weight_read
+from remanence.ops.phases import by_phase
 from remanence.state import State
 
 SOURCE = "arXiv:2512.24695"

@@ -15,7 +15,7 @@ from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.fast_weight import FastWeightMemory
 from remanence.memory.parts import RMSNorm, l2_norm, merge, per_head, rotate, split, zeros
-from remanence.ops.fast_weight import by_phase, piece_sizes
+from remanence.ops.phases import by_phase, piece_sizes
 from remanence.state import State, check_state, tree_map
 
 SOURCE = "arXiv:2501.00663"

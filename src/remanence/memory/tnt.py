@@ -13,7 +13,8 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, zeros
-from remanence.ops.fast_weight import by_phase, fast_weight, fast_weight_state
+from remanence.ops.fast_weight import fast_weight, fast_weight_state
+from remanence.ops.phases import by_phase
 from remanence.state import State
 
 PROJECTIONS = ("sum", "delta", "none")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba.extending import intrinsic, overload
+from numba.np.linalg import _BLAS
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -68,6 +69,31 @@ def sigmoid_and_silu(x):
     e = decay(-abs(x))
     s = (1 if x >= 0 else e) / (1 + e)
     return s, s * x
+
+
+def gemm(sign: float, x: Any, x_turned: bool, y: Any, y_turned: bool, keep: float, out: Any) -> None:
+    """out = keep · out + sign · x y, of matrices whose rows are contiguous, each turned first where it says so."""
+    raise TypeError("gemm is for compiled code.")
+
+
+@overload(gemm)
+def _gemm(sign, x, x_turned, y, y_turned, keep, out):
+    call = _BLAS().numba_xxgemm(out.dtype)
+    kind, plain, turned = ord("s" if out.dtype == numba.types.float32 else "d"), ord("n"), ord("t")
+    size = out.dtype.bitwidth // 8
+
+    def run(sign, x, x_turned, y, y_turned, keep, out):
+        factors = np.empty(2, out.dtype)
+        factors[0], factors[1] = sign, keep
+        # BLAS counts columns first, and so sees every matrix turned: xy is the turned product of y and x
+        call(
+            kind, turned if y_turned else plain, turned if x_turned else plain,
+            out.shape[1], out.shape[0], x.shape[0] if x_turned else x.shape[1],
+            factors.ctypes, y.ctypes, y.strides[0] // size, x.ctypes, x.strides[0] // size,
+            factors[1:].ctypes, out.ctypes, out.strides[0] // size,
+        )  # fmt: skip
+
+    return run
 
 
 Flat = tuple[np.ndarray, tuple[int, ...]]

@@ -42,8 +42,10 @@ def second_order(
     needed: Sequence[bool], plain: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, through the same function in differentiable operations."""
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-    outputs = plain(*inputs)
+    # views, since what one input owes to another (a key to the value made of it) is not this function's to tell
+    views = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [x for x, need in zip(views, needed, strict=True) if need and x is not None]
+    outputs = plain(*views)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     reached = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
     ys, gs = [y for y, _ in reached], [g for _, g in reached]

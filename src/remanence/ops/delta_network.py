@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from remanence.errors import expect
 from remanence.ops.decay import floored
 from remanence.ops.delta import gated_delta_rule
-from remanence.ops.fast_weight import Weights, fast_weight_read, inner_gradient
+from remanence.ops.inner_network import Weights, fast_weight_read, inner_gradient
 from remanence.ops.linear_attention import linear_attention
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from remanence.errors import expect, unknown
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
-from remanence.ops.fast_weight import by_phase, momentum_coefficients, piece_sizes
+from remanence.ops.fast_weight import momentum_coefficients
+from remanence.ops.phases import by_phase, piece_sizes
 from remanence.ops.taps import tapped
 from remanence.state import State
 

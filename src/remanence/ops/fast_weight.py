@@ -29,7 +29,6 @@ and retentions from Miras, arXiv:2504.13173; the window and the orthogonal step 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,14 +39,23 @@ from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import ShapeError, StateError, expect
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype
+from remanence.ops.dispatch import compiled
+from remanence.ops.inner_network import (
+    Affine,
+    Weights,
+    fast_weight_read,
+    inner_gradient_along,
+    network,
+    standardised,
+)
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.objectives import Objective, Squared
+from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
 from remanence.ops.retention import Retention
 from remanence.ops.taps import tapped
-from remanence.state import State, concat, select
+from remanence.ops.whole_chunks import Form, unpacked, whole_chunks
+from remanence.state import State
 
-Weights = list[Tensor]
-Affine = tuple[Tensor, Tensor]
 READS = ("after", "before", "anchor")
 
 
@@ -107,124 +115,6 @@ def _times(M: Tensor, x: Tensor) -> Tensor:
     return (M @ x[..., None])[..., 0]
 
 
-class _GeluSlope(torch.autograd.Function):
-    """GELU's derivative, whose own derivative is φ(x)(2 − x²)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _gelu_slope(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (x.square() * -0.5).exp() * (2 - x.square()) / math.sqrt(2 * math.pi)
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    return torch.special.ndtr(x) + x * (x.square() * -0.5).exp() / math.sqrt(2 * math.pi)
-
-
-def _network(
-    query: Tensor,
-    linear: Callable[[int, Tensor], Tensor],
-    layers: int,
-    residual: bool,
-    gated: bool,
-    norm: Affine | None,
-) -> Tensor:
-    """f, given what each layer does to its input."""
-    if gated:
-        z = linear(2, F.gelu(linear(0, query)) * linear(1, query))
-    else:
-        z = query
-        for i in range(layers):
-            z = linear(i, F.gelu(z) if i else z)
-    if norm is not None:
-        z = _standard(z)[0] * norm[0][:, None] + norm[1][:, None]
-    return query + z if residual else z
-
-
-def _standard(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z with mean 0 and variance 1, and one over its deviation."""
-    z = z - z.mean(-1, keepdim=True)
-    scale = (z.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    return z * scale, scale
-
-
-def fast_weight_read(
-    query: Tensor,
-    weights: Sequence[Tensor],
-    *,
-    residual: bool = False,
-    gated: bool = False,
-    norm: Affine | None = None,
-) -> Tensor:
-    """f(W, q) with the same weights for every query. query [B, H, T, K], weights [B, H, out, in] by layer."""
-    return _network(query, lambda i, z: z @ weights[i].mT, len(weights), residual, gated, norm)
-
-
-def inner_gradient(
-    key: Tensor,
-    value: Tensor,
-    anchor: Weights,
-    residual: bool,
-    *,
-    gated: bool = False,
-    norm: Affine | None = None,
-    objective: Objective = Squared(),
-    threshold: Tensor | None = None,
-) -> tuple[Weights, Weights]:
-    """The gradient δ_i x_iᵀ of every token in every layer, as the layers' inputs x and output gradients δ."""
-    return _inner(key, value, anchor, residual, gated, norm, objective, threshold)[:2]
-
-
-def _inner(
-    key: Tensor,
-    value: Tensor,
-    anchor: Weights,
-    residual: bool,
-    gated: bool,
-    norm: Affine | None,
-    objective: Objective,
-    threshold: Tensor | None,
-) -> tuple[Weights, Weights, Tensor]:
-    """`inner_gradient`, and how far each error points along its slope, ⟨e, ∂ℓ/∂f⟩."""
-    x, inputs, slopes = key, [key], []
-    if gated:
-        h, up = key @ anchor[0].mT, key @ anchor[1].mT
-        gate, slope = F.gelu(h), _GeluSlope.apply(h)
-        x = gate * up
-        inputs += [key, x]
-    else:
-        for W in anchor[:-1]:
-            h = x @ W.mT
-            x = F.gelu(h)
-            inputs.append(x)
-            slopes.append(_GeluSlope.apply(h))
-    z = x @ anchor[-1].mT
-    target = value - key if residual else value
-    if norm is None:
-        delta = objective.slope(z, target, threshold)
-        along = (delta * (z - target)).sum(-1)
-    else:
-        standard, scale = _standard(z)
-        gamma = norm[0][:, None]
-        y = standard * gamma + norm[1][:, None]
-        delta = objective.slope(y, target, threshold)
-        along = (delta * (y - target)).sum(-1)
-        delta = delta * gamma
-        delta = delta - delta.mean(-1, keepdim=True) - standard * (standard * delta).mean(-1, keepdim=True)
-        delta = delta * scale
-    deltas = [delta]
-    if gated:
-        back = delta @ anchor[2]
-        return inputs, [back * up * slope, back * gate, delta], along
-    for W, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
-        deltas.append(deltas[-1] @ W * slope)
-    return inputs, deltas[::-1], along
-
-
 def _scaled(z: Tensor, W: Tensor, rows: Tensor) -> Tensor:
     """diag(rows) z W, scaling whichever side is narrower."""
     return (z * rows[..., None]) @ W if W.shape[-2] < W.shape[-1] else (z @ W) * rows[..., None]
@@ -269,7 +159,7 @@ def fast_weight_chunk(
                 y = y + _scaled(z, momentum[layers + i].mT, r.second.push)
         return y if factors is None else y * factors[i]
 
-    y = _network(query, linear, layers, residual, gated, norm)
+    y = network(query, linear, layers, residual, gated, norm)
     return y, *_last(inputs, deltas, weights, momentum, c)
 
 
@@ -357,7 +247,7 @@ def _every(
         A = A if link is None else link.link(A)
         return (A @ z[..., None])[..., 0]
 
-    y = query if read == "anchor" else _network(query, linear, layers, residual, gated, norm)
+    y = query if read == "anchor" else network(query, linear, layers, residual, gated, norm)
     return y, [A[:, :, -1] for A in every], (None if momentum is None else pushed)
 
 
@@ -579,6 +469,9 @@ def fast_weight(
     plain = plain and window is None  # ‖e‖² / ‖u‖² is 1 / ‖k‖², whatever the error
     exact = plain and chunk_size == 1 and not orthogonal
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
+    simple = retention is None and window is None and second_log is None and read == "after" and not gated
+    simple = simple and not (exact or nonlinear) and type(objective) is Squared
+    fused = simple and coefficients is momentum_coefficients and compiled(query)
 
     def piece(
         x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
@@ -587,7 +480,7 @@ def fast_weight(
         if exact:
             return _token_exact(x, W, S, bound, residual, read, coefficients)
         fixed = anchor if retention is None else [retention.link(A) for A in anchor]
-        near, deltas, along = _inner(
+        near, deltas, along = inner_gradient_along(
             seen["key"], seen["value"], fixed, residual, gated, norm, objective, seen.get("threshold")
         )
         band = None if window is None else _band(x["window"], pos)
@@ -619,6 +512,27 @@ def fast_weight(
             y = fast_weight_read(x["query"], fixed, residual=residual, gated=gated, norm=norm)
         return y, W, S
 
+    def whole(x: dict[str, Tensor], W: Weights, S: Weights | None) -> tuple[Tensor, Weights, Weights | None]:
+        eta_log = x.get("momentum_log")
+        left = torch.ones_like(x["step"]) if eta_log is None else -torch.expm1(eta_log)
+        z, W, S = whole_chunks(
+            x["query"],
+            x["key"],
+            x["value"] - x["key"] if residual else x["value"],
+            x["step"],
+            None if bound is None else left * (bound / chunk_size),
+            x["retain_log"].exp(),
+            None if eta_log is None else eta_log.exp(),
+            None if norm is None else torch.stack(norm),
+            W,
+            S,
+            Form(chunk_size),
+            functools.partial(_by_chunks, like=W, chunk_size=chunk_size),
+        )
+        if norm is not None:
+            z = standardised(z)[0] * norm[0][:, None] + norm[1][:, None]
+        return x["query"] + z if residual else z, W, S
+
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
         x = dict(zip(inputs, tensors, strict=True))
         anchor, W = list(state["anchor"].values()), list(state["weight"].values())
@@ -626,13 +540,20 @@ def fast_weight(
         T, at, y = x["query"].shape[2], 0, []
         past = state.get("window", {})
         sizes = piece_sizes(T, 0, TOGETHER) if exact else piece_sizes(T, phase, chunk_size)
+        if fused:
+            sizes = whole_sizes(T, phase, chunk_size, SPAN if remake else T)
         for tokens in zip(*(t.split(sizes, 2) for t in x.values()), strict=True):
             part = dict(zip(x, tokens, strict=True))
             n = part["query"].shape[2]
             seen = {i: torch.cat([past[i], part[i]], 2) if i in past else part[i] for i in SEEN if i in part}
             past = {i: seen[i][:, :, n:] for i in past}
             arguments = (part, seen, state["pos"] + at, anchor, W, S)
-            if (remake or nonlinear) and torch.is_grad_enabled():
+            if fused and not phase and n >= chunk_size:
+                if remake and torch.is_grad_enabled():
+                    out, W, S = checkpoint(whole, part, W, S, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    out, W, S = whole(part, W, S)
+            elif (remake or nonlinear) and torch.is_grad_enabled():
                 out, W, S = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 out, W, S = piece(*arguments)
@@ -655,6 +576,41 @@ def fast_weight(
 
 TOGETHER = 64
 """Tokens whose errors one triangular system gives."""
+SPAN = 512
+"""Tokens whose chunks are made again together for the gradient, where `remake` and the compiled form meet."""
+
+
+def _by_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    most: Tensor | None,
+    decay: Tensor,
+    momentum_decay: Tensor | None,
+    norm: Tensor | None,
+    start: Tensor,
+    *,
+    like: Weights,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`whole_chunks` of packed tensors in operations that can be differentiated twice."""
+    W, S = unpacked(start, like, momentum_decay is not None)
+    affine = None if norm is None else (norm[0, :, 0], norm[0, :, 1])
+    y = []
+    for first in range(0, q.shape[2], chunk_size):
+        now = slice(first, first + chunk_size)
+        near, deltas, along = inner_gradient_along(k[:, :, now], v[:, :, now], W, False, False, affine, Squared(), None)
+        steps = theta[:, :, now]
+        if most is not None:
+            parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
+            steps = torch.minimum(steps, most[:, :, now] * along / (torch.stack(parts).sum(0) + 1e-12))
+        eta_log = None if momentum_decay is None else momentum_decay[:, :, now].log()
+        rule = momentum_coefficients(steps, decay[:, :, now].log(), eta_log)
+        out, W, S = fast_weight_chunk(q[:, :, now], near, deltas, W, S, rule)
+        y.append(out)
+    both = W if S is None else [torch.cat(pair, -1) for pair in zip(W, S, strict=True)]
+    return torch.cat(y, 2), torch.cat([x.flatten(2) for x in both], 2)
 
 
 def _token_exact(
@@ -750,30 +706,6 @@ def _ceiling(
     for log in (momentum_log, second_log):
         most = most if log is None else -torch.expm1(log) * most
     return most
-
-
-def piece_sizes(length: int, phase: int, chunk_size: int) -> list[int]:
-    """How `length` tokens fall into chunks when `phase` tokens of the first one were already read."""
-    first = min(length, chunk_size - phase)
-    full, rest = divmod(length - first, chunk_size)
-    return [first] + [chunk_size] * full + [rest] * (rest > 0)
-
-
-def by_phase(
-    run: Callable[[list[Tensor], State, int], tuple[Tensor, State]],
-    inputs: list[Tensor],
-    state: State,
-    pos: Tensor,
-    chunk_size: int,
-) -> tuple[Tensor, State]:
-    """`run(inputs, state, phase)` on each group of rows that stand at the same phase of a chunk."""
-    phases = (pos % chunk_size).tolist()
-    if len(set(phases)) == 1:
-        return run(inputs, state, phases[0])
-    groups = [[i for i, p in enumerate(phases) if p == phase] for phase in sorted(set(phases))]
-    parts = [run([x[rows] for x in inputs], select(state, rows), phases[rows[0]]) for rows in groups]
-    order = torch.tensor([i for rows in groups for i in rows], device=pos.device).argsort()
-    return torch.cat([y for y, _ in parts])[order], select(concat(s for _, s in parts), order)
 
 
 def _pack(

@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype
-from remanence.ops.fast_weight import by_phase, piece_sizes
+from remanence.ops.dispatch import compiled
+from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
 from remanence.ops.taps import tapped
+from remanence.ops.whole_chunks import Form, unpacked, whole_chunks
 from remanence.state import State
 
 EPS = 1e-6
@@ -131,15 +133,22 @@ def ttt(
     wide = recurrent_dtype(query)
     average, scale, shift = (x.to(wide) for x in (average, scale, shift))
     names, chunk, depth = list(state["anchor"]), len(average), len(state["anchor"])
+    fused = compiled(query)
 
     def span(phase: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Some tokens from a phase of a chunk on: what they read, and the anchor and sums after them."""
         sequence, W, S = tensors[:4], list(tensors[4 : 4 + depth]), list(tensors[4 + depth :])
         y = []
-        for q, k, v, theta in zip(*(x.split(piece_sizes(x.shape[2], phase, chunk), 2) for x in sequence), strict=True):
+        T = sequence[0].shape[2]
+        sizes = whole_sizes(T, phase, chunk, T) if fused else piece_sizes(T, phase, chunk)
+        for q, k, v, theta in zip(*(x.split(sizes, 2) for x in sequence), strict=True):
+            if fused and not phase and q.shape[2] >= chunk:
+                out, W = _whole(q, k, v, theta, average, scale, shift, W)
+                y.append(out)
+                continue
             c = average[phase : phase + q.shape[2], None]
-            out, inputs, deltas = _piece(q, k, v, theta, c, scale, shift, W, S if phase else None)
-            y.append(out)
+            z, inputs, deltas = _piece(q, k, v - k, theta, c, scale, shift, W, S if phase else None)
+            y.append(q + _norm(z, scale, shift))
             after = (phase + q.shape[2]) % chunk
             if phase:
                 S = [_plus(total, d, x) for total, d, x in zip(S, deltas, inputs, strict=True)]
@@ -170,7 +179,7 @@ def ttt(
     return y.to(query.dtype), after
 
 
-def _piece(
+def _whole(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,9 +188,47 @@ def _piece(
     scale: Tensor,
     shift: Tensor,
     anchor: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Whole chunks: what they read, and the anchor after them."""
+    factors = average.repeat(q.shape[2] // len(average)).expand(*q.shape[:3])
+
+    def plain(q: Tensor, k: Tensor, target: Tensor, step: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, factors, _, norm, start = rest
+        assert factors is not None
+        assert norm is not None
+        assert start is not None
+        W, y = unpacked(start, anchor, False)[0], []
+        for first in range(0, q.shape[2], len(average)):
+            now = slice(first, first + len(average))
+            c = factors[:, :, now, None]
+            out, inputs, deltas = _piece(
+                q[:, :, now], k[:, :, now], target[:, :, now], step[:, :, now], c, norm[0, :, 0], norm[0, :, 1], W, None
+            )
+            y.append(out)
+            W = [_plus(w, -c[:, :, -1:] * d, x) for w, d, x in zip(W, deltas, inputs, strict=True)]
+        return torch.cat(y, 2), torch.cat([w.flatten(2) for w in W], 2)
+
+    form = Form(len(average), averages=True, bias=True, tanh=True)
+    norm = torch.stack([scale, shift])
+    z, W, _ = whole_chunks(q, k, v - k, step, None, factors, None, norm, anchor, None, form, plain)
+    return q + _norm(z, scale, shift), W
+
+
+def _piece(
+    q: Tensor,
+    k: Tensor,
+    target: Tensor,
+    step: Tensor,
+    average: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    anchor: list[Tensor],
     total: list[Tensor] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Tokens of one chunk: what they read, and by layer the inputs x and the steps' δ: a token's step is δ xᵀ."""
+    """Tokens of one chunk: g(W_t, q_t), and by layer the inputs x and the steps' δ: a token's step is δ xᵀ.
+
+    `target` is v − k.
+    """
     inputs, hidden = [F.pad(k, (0, 1), value=1.0)], []
     for W in anchor[:-1]:
         h = inputs[-1] @ W.mT
@@ -191,7 +238,7 @@ def _piece(
     centred = h - h.mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
     unit = centred * inverse
-    e = (unit * scale[:, None] + shift[:, None] - v + k) * scale[:, None]
+    e = (unit * scale[:, None] + shift[:, None] - target) * scale[:, None]
     e = e - e.mean(-1, keepdim=True) - unit * (e * unit).mean(-1, keepdim=True)
     deltas = [e * (inverse * step[..., None])]
     for W, h in zip(reversed(anchor[1:]), reversed(hidden), strict=True):
@@ -204,7 +251,7 @@ def _piece(
         if total is not None:
             moved = moved + z @ total[depth].mT
         z = z @ W.mT - average * moved
-    return q + _norm(z, scale, shift), inputs, deltas
+    return z, inputs, deltas
 
 
 def _plus(W: Tensor, delta: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.errors import CheckpointError
-from remanence.ops.fast_weight import fast_weight_read, inner_gradient
+from remanence.ops.inner_network import fast_weight_read, inner_gradient
 from remanence.ops.newton_schulz import newton_schulz
 
 SOURCE = "arXiv:2512.24695"

@@ -1,0 +1,672 @@
+"""Whole chunks of the fast-weight memory compiled for the CPU: each call takes the heads from `first` to `last`.
+
+A head's network is L matrices W_l with GELU between them. The momentum S_l is kept beside W_l in one matrix [W_l | S_l]
+of R = 2 times as many columns (R = 1 without), so that what reads, writes or corrects both is one product:
+[A z | F z] [W | S]ᵀ is what a query reads of what was there when its chunk began. A bias is one more column of W, whose
+input is 1.
+
+Per chunk of C tokens, with token i's gradient δ_i x_iᵀ at the anchor and its step θ_i:
+p = [A z | F z] [W | S]ᵀ − (M ⊙ z xᵀ) δ with M_ti = K_ti θ_i, and [W | S]' = carried [W | S] − δᵀ [m x | s x], where m
+is the last row of M, and s_i = E_ti θ_i that of the momentum. The rule's K and E have a column more, the first, for the
+earlier momentum, and follow from a and η as W and S do: E_t = η_t E_{t−1} + 1_t, K_t = a_t K_{t−1} + E_t. An averaging
+rule has K_ti = c_t instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remanence.ops.chunk_kernels import copy_row, dot, fill, put, take, total
+from remanence.ops.compiled import gemm, jit, summing
+from remanence.ops.gelu_kernels import bend, gelu
+
+EPS = 1e-6
+"""Of the layer norm."""
+
+
+@jit
+def _at(buffer, offset, rows, columns):
+    return buffer[offset : offset + rows * columns].reshape(rows, columns)
+
+
+@jit
+def plan(widths, bias, R, C):
+    """By layer: inputs, outputs, and where its weights, inputs, outputs begin in the flat buffers; then their sizes."""
+    L = widths.shape[0] - 1
+    P = np.zeros((L + 1, 5), np.int64)
+    for l in range(L):
+        P[l, 0], P[l, 1] = widths[l] + bias, widths[l + 1]
+        P[l + 1, 2] = P[l, 2] + P[l, 1] * P[l, 0] * R
+        P[l + 1, 3] = P[l, 3] + C * P[l, 0]
+        P[l + 1, 4] = P[l, 4] + C * P[l, 1]
+    return P
+
+
+@jit
+def _ones(P, C, X):
+    """Fill the inputs of the biases, and with them all else, once."""
+    for l in range(P.shape[0] - 1):
+        x = _at(X, P[l, 3], C, P[l, 0])
+        for i in range(C):
+            fill(x[i], 1.0)
+
+
+@jit
+def _standardise(h, unit, inverse):
+    """h with mean 0 and variance 1 by row, and one over its deviation."""
+    n, width = h.shape
+    real = h.dtype.type
+    for i in range(n):
+        row, to = h[i], unit[i]
+        mean = total(row) / real(width)
+        for d in range(width):
+            to[d] = row[d] - mean
+        inverse[i] = 1 / np.sqrt(dot(to, to) / width + EPS)
+        by = inverse[i]
+        for d in range(width):
+            to[d] *= by
+
+
+@jit
+def _inner(P, C, kind, norm, W, target, X, H, D, G, B, unit, inverse, error):
+    """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D."""
+    L = P.shape[0] - 1
+    for l in range(L):
+        x, h = _at(X, P[l, 3], C, P[l, 0]), _at(H, P[l, 4], C, P[l, 1])
+        w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
+        gemm(1.0, x, False, w[:, : P[l, 0]], True, 0.0, h)
+        if l < L - 1:
+            gelu(kind, h, _at(X, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
+    h, delta = _at(H, P[L - 1, 4], C, P[L - 1, 1]), _at(D, P[L - 1, 4], C, P[L - 1, 1])
+    width, real = h.shape[1], h.dtype.type
+    if norm.shape[0]:
+        _standardise(h, unit, inverse)
+        scale, shift = norm[0], norm[1]
+        for i in range(C):
+            u, e, v, to, by = unit[i], error[i], target[i], delta[i], inverse[i]
+            for d in range(width):
+                e[d] = scale[d] * u[d] + shift[d] - v[d]
+                to[d] = scale[d] * e[d]
+            mean, along = total(to) / real(width), dot(to, u) / real(width)
+            for d in range(width):
+                to[d] = (to[d] - mean - u[d] * along) * by
+    else:
+        for i in range(C):
+            e, v, to, row = error[i], target[i], delta[i], h[i]
+            for d in range(width):
+                e[d] = row[d] - v[d]
+                to[d] = e[d]
+    for l in range(L - 1, 0, -1):
+        b, slope = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
+        w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
+        gemm(1.0, _at(D, P[l, 4], C, P[l, 1]), False, w[:, : P[l - 1, 1]], False, 0.0, b)
+        earlier = _at(D, P[l - 1, 4], C, P[l - 1, 1])
+        for i in range(C):
+            from_, by, to = b[i], slope[i], earlier[i]
+            for d in range(to.shape[0]):
+                to[d] = from_[d] * by[d]
+
+
+@jit
+def _steps(P, C, X, D, error, step, most, bounded, theta, square, along):
+    """θ: what was asked for, at most `most` ⟨e, e⟩ / ‖u‖²."""
+    for i in range(C):
+        theta[i] = step[i]
+        if bounded:
+            square[i] = 1e-12
+            for l in range(P.shape[0] - 1):
+                x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
+                square[i] += dot(x, x) * dot(delta, delta)
+            along[i] = dot(error[i], error[i])
+            theta[i] = min(theta[i], most[i] * along[i] / square[i])
+
+
+@jit
+def _rule(C, averages, given, momentum, A, E, K):
+    """A, E and K of a chunk, from a_t and η_t, or from c_t."""
+    for t in range(C):
+        now, pushed, a, eta = K[t], E[t], given[t], momentum[t]
+        if averages:
+            fill(now, 0.0)
+            fill(now[1 : t + 2], a)
+            A[t] = 1
+            continue
+        A[t] = A[t - 1] * a if t else a
+        if t:
+            before, pushed_before = K[t - 1], E[t - 1]
+            for i in range(C + 1):
+                pushed[i] = eta * pushed_before[i]
+            pushed[t + 1] = 1
+            for i in range(C + 1):
+                now[i] = a * before[i] + pushed[i]
+        else:
+            fill(pushed, 0.0)
+            pushed[0], pushed[1] = eta, 1
+            copy_row(pushed, now)
+
+
+@jit
+def _rule_backward(C, averages, given, momentum, A, E, K, d_A, d_E, d_K, d_given, d_momentum):
+    """From d_A, d_K and d_E, of the last row of E alone, to those of a and η, or of c; uses up d_E and d_K."""
+    d_last = d_A[0] * 0
+    for t in range(C - 1, -1, -1):
+        now, a, eta = d_K[t], given[t], momentum[t]
+        if averages:
+            d_given[t] = total(now[1 : t + 2])
+            continue
+        d_last += d_A[t]
+        for i in range(C + 1):
+            d_E[i] += now[i]
+        if t:
+            d_given[t] = dot(now, K[t - 1]) + d_last * A[t - 1]
+            d_momentum[t] = dot(d_E, E[t - 1])
+            before = d_K[t - 1]
+            for i in range(C + 1):
+                before[i] += a * now[i]
+                d_E[i] *= eta
+        else:
+            d_given[t], d_momentum[t] = d_last, d_E[0]
+        d_last *= a
+
+
+@jit
+def _write(C, K, theta, M, F):
+    """M = K diag(θ) and F, without the other's column."""
+    for t in range(C):
+        row, to = K[t, 1:], M[t]
+        F[t] = K[t, 0]
+        for i in range(C):
+            to[i] = row[i] * theta[i]
+
+
+@jit
+def _scaled(R, x, first, second, out):
+    """[first ∘ x | second ∘ x], or without the second."""
+    n, width = x.shape
+    for i in range(n):
+        from_, a, to = x[i], first[i], out[i, :width]
+        for d in range(width):
+            to[d] = a * from_[d]
+        if R == 2:
+            a, to = second[i], out[i, width : 2 * width]
+            for d in range(width):
+                to[d] = a * from_[d]
+
+
+@jit
+def _seen(C, M, scores):
+    for t in range(C):
+        by, row = M[t], scores[t]
+        for i in range(C):
+            row[i] *= by[i]
+
+
+@jit
+def _read(P, C, R, kind, until, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
+    """What the queries, the inputs of Z's first layer, find: the outputs Q of the first `until` layers."""
+    L = P.shape[0] - 1
+    for l in range(until):
+        z, q = _at(Z, P[l, 3], C, P[l, 0]), _at(Q, P[l, 4], C, P[l, 1])
+        both = _at(ZZ, R * P[l, 3], C, R * P[l, 0])
+        _scaled(R, z, retain, push, both)
+        gemm(1.0, both, False, _at(W, P[l, 2], P[l, 1], R * P[l, 0]), True, 0.0, q)
+        gemm(1.0, z, False, _at(X, P[l, 3], C, P[l, 0]), True, 0.0, scores)
+        _seen(C, M, scores)
+        gemm(-1.0, scores, False, _at(D, P[l, 4], C, P[l, 1]), False, 1.0, q)
+        if l < L - 1:
+            gelu(kind, q, _at(Z, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
+
+
+@jit
+def _carry(P, C, R, kept, last, tails, X, D, wide, W):
+    """The weights and momentum after the chunk. kept: A and F of the last token, and the momentum's own."""
+    a, f, keep = kept[0], kept[1], kept[2]
+    for l in range(P.shape[0] - 1):
+        x, w = _at(X, P[l, 3], C, P[l, 0]), _at(W, P[l, 2], P[l, 1], R * P[l, 0])
+        width = x.shape[1]
+        both = _at(wide, 0, C, R * width)
+        _scaled(R, x, last, tails, both)
+        for o in range(w.shape[0]):
+            row = w[o, :width]
+            if R == 2:
+                momentum = w[o, width : 2 * width]
+                for d in range(width):
+                    row[d] = a * row[d] + f * momentum[d]
+                    momentum[d] *= keep
+            else:
+                for d in range(width):
+                    row[d] *= a
+        gemm(-1.0, _at(D, P[l, 4], C, P[l, 1]), True, both, False, 1.0, w)
+
+
+@jit
+def _tokens(x, at, b, h, first, out):
+    """Copy tokens of a gate into out."""
+    origin = b * at[0] + h * at[1] + first * at[2]
+    for i in range(out.shape[0]):
+        out[i] = x[origin + i * at[2]]
+
+
+@jit
+def forward(
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
+    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, end,
+):  # fmt: skip
+    P = plan(widths, bias, R, C)
+    L, dtype = P.shape[0] - 1, start.dtype
+    xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
+    X, Z, ZZ, wide = np.empty(xs, dtype), np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
+    flat = np.empty((6, ds), dtype)
+    hidden, D, G, B, Q, GQ = flat[0], flat[1], flat[2], flat[3], flat[4], flat[5]
+    rows = np.empty((3, C, out), dtype)
+    target, error, unit = rows[0], rows[1], rows[2]
+    M, scores, E, K = (
+        np.empty((C, C), dtype),
+        np.empty((C, C), dtype),
+        np.empty((C, C + 1), dtype),
+        np.empty((C, C + 1), dtype),
+    )
+    gates, kept, W = np.zeros((10, C), dtype), np.zeros(3, dtype), np.empty(start.shape[1], dtype)
+    theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
+        gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
+    )  # fmt: skip
+    inverse = np.empty(C, dtype)
+    _ones(P, C, X)
+    _ones(P, C, Z)
+    x, z = _at(X, 0, C, P[0, 0]), _at(Z, 0, C, P[0, 0])
+    for r in range(first, last):
+        b, h = r // H, r % H
+        copy_row(start[r], W)
+        for c in range(chunks):
+            t = c * C
+            if c % every == 0:
+                copy_row(W, befores[r, c // every])
+            _take(k, k_at, b, h, t, widths[0], x)
+            _take(q, q_at, b, h, t, widths[0], z)
+            take(target, v, v_at, b, h, t)
+            _gates(
+                bounded,
+                R,
+                step,
+                step_at,
+                most,
+                most_at,
+                given,
+                given_at,
+                momentum,
+                momentum_at,
+                b,
+                h,
+                t,
+                asked,
+                ceiling,
+                decays,
+                etas,
+            )
+            _inner(P, C, kind, norm[r], W, target, X, hidden, D, G, B, unit, inverse, error)
+            _steps(P, C, X, D, error, asked, ceiling, bounded, theta, square, along)
+            _rule(C, averages, decays, etas, A, E, K)
+            _write(C, K, theta, M, F)
+            _read(P, C, R, kind, L, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
+            put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
+            _tails(C, E, theta, A, F, tails, kept)
+            _carry(P, C, R, kept, M[C - 1], tails, X, D, wide, W)
+        copy_row(W, end[r])
+
+
+@jit
+def _gates(
+    bounded,
+    R,
+    step,
+    step_at,
+    most,
+    most_at,
+    given,
+    given_at,
+    momentum,
+    momentum_at,
+    b,
+    h,
+    t,
+    asked,
+    ceiling,
+    decays,
+    etas,
+):
+    """A chunk's gates."""
+    _tokens(step, step_at, b, h, t, asked)
+    _tokens(given, given_at, b, h, t, decays)
+    if bounded:
+        _tokens(most, most_at, b, h, t, ceiling)
+    if R == 2:
+        _tokens(momentum, momentum_at, b, h, t, etas)
+
+
+@jit
+def _tails(C, E, theta, A, F, tails, kept):
+    """What `_carry` needs to know of a chunk's last token: s, and A, F and the momentum's own decay."""
+    last = E[C - 1, 1:]
+    for i in range(C):
+        tails[i] = last[i] * theta[i]
+    kept[0], kept[1], kept[2] = A[C - 1], F[C - 1], E[C - 1, 0]
+
+
+@jit
+def _take(x, at, b, h, first, width, out):
+    """`take` into the leading columns of out."""
+    origin = b * at[0] + h * at[1] + first * at[2]
+    for i in range(out.shape[0]):
+        copy_row(x[origin + i * at[2] : origin + i * at[2] + width], out[i, :width])
+
+
+@jit
+def _carry_backward(P, C, R, kept, last, tails, W, X, D, wide, d_W, d_X, d_D, d_last, d_tails, d_kept):
+    """Set d_X, d_D; add to d_last, d_tails (of m and s) and d_kept; d_W from that after the chunk to that before."""
+    a, f, keep = kept[0], kept[1], kept[2]
+    for l in range(P.shape[0] - 1):
+        x, delta = _at(X, P[l, 3], C, P[l, 0]), _at(D, P[l, 4], C, P[l, 1])
+        width = x.shape[1]
+        w, d_w = _at(W, P[l, 2], P[l, 1], R * width), _at(d_W, P[l, 2], P[l, 1], R * width)
+        both = _at(wide, 0, C, R * width)
+        _scaled(R, x, last, tails, both)
+        gemm(-1.0, both, False, d_w, True, 0.0, _at(d_D, P[l, 4], C, P[l, 1]))
+        gemm(-1.0, delta, False, d_w, False, 0.0, both)
+        d_x = _at(d_X, P[l, 3], C, P[l, 0])
+        for i in range(C):
+            row, to, from_, by = x[i], d_x[i], both[i, :width], last[i]
+            d_last[i] += dot(row, from_)
+            for d in range(width):
+                to[d] = by * from_[d]
+            if R == 2:
+                from_, by = both[i, width : 2 * width], tails[i]
+                d_tails[i] += dot(row, from_)
+                for d in range(width):
+                    to[d] += by * from_[d]
+        for o in range(w.shape[0]):
+            row, d_row = w[o, :width], d_w[o, :width]
+            d_kept[0] += dot(row, d_row)
+            if R == 2:
+                momentum, d_momentum = w[o, width : 2 * width], d_w[o, width : 2 * width]
+                d_kept[1] += dot(momentum, d_row)
+                d_kept[2] += dot(momentum, d_momentum)
+                for d in range(width):
+                    d_momentum[d] = f * d_row[d] + keep * d_momentum[d]
+            for d in range(width):
+                d_row[d] *= a
+
+
+@jit
+def _read_backward(
+    P, C, R, retain, push, W, X, D, M, Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D, d_M, d_Z, d_Q, d_retain, d_push
+):  # fmt: skip
+    """From d_Q of the last layer to d_Z of the first; adds to the others."""
+    for l in range(P.shape[0] - 2, -1, -1):
+        x, delta = _at(X, P[l, 3], C, P[l, 0]), _at(D, P[l, 4], C, P[l, 1])
+        z, d_q = _at(Z, P[l, 3], C, P[l, 0]), _at(d_Q, P[l, 4], C, P[l, 1])
+        width = x.shape[1]
+        d_both, d_z = _at(wide, 0, C, R * width), _at(d_Z, P[l, 3], C, P[l, 0])
+        gemm(1.0, d_q, False, _at(W, P[l, 2], P[l, 1], R * width), False, 0.0, d_both)
+        gemm(1.0, d_q, True, _at(ZZ, R * P[l, 3], C, R * width), False, 1.0, _at(d_W, P[l, 2], P[l, 1], R * width))
+        for i in range(C):
+            row, to, from_, by = z[i], d_z[i], d_both[i, :width], retain[i]
+            d_retain[i] += dot(row, from_)
+            for d in range(width):
+                to[d] = by * from_[d]
+            if R == 2:
+                from_, by = d_both[i, width : 2 * width], push[i]
+                d_push[i] += dot(row, from_)
+                for d in range(width):
+                    to[d] += by * from_[d]
+        gemm(1.0, z, False, x, True, 0.0, scores)
+        gemm(1.0, d_q, False, delta, True, 0.0, rates)
+        for t in range(C):
+            s, r, by, to = scores[t], rates[t], M[t], d_M[t]
+            for i in range(C):
+                to[i] -= s[i] * r[i]
+                s[i] *= by[i]
+                r[i] *= by[i]
+        gemm(-1.0, rates, False, x, False, 1.0, d_z)
+        gemm(-1.0, rates, True, z, False, 1.0, _at(d_X, P[l, 3], C, width))
+        gemm(-1.0, scores, True, d_q, False, 1.0, _at(d_D, P[l, 4], C, P[l, 1]))
+        if l:
+            earlier, slope = _at(d_Q, P[l - 1, 4], C, P[l - 1, 1]), _at(GQ, P[l - 1, 4], C, P[l - 1, 1])
+            for i in range(C):
+                to, from_, by = earlier[i], d_z[i], slope[i]
+                for d in range(to.shape[0]):
+                    to[d] = from_[d] * by[d]
+
+
+@jit
+def _steps_backward(
+    P, C, X, D, error, step, most, theta, square, along, bounded, d_theta, d_step, d_most, d_X, d_D, d_E
+):
+    """From d_theta to d_step, or to d_most and, added, d_X and d_D; and set d_E, of the error."""
+    for i in range(C):
+        d_step[i], d_most[i] = d_theta[i], 0
+        e, d_e = error[i], d_E[i]
+        fill(d_e, 0.0)
+        if bounded and theta[i] < step[i]:
+            d_step[i], d_most[i] = 0, d_theta[i] * along[i] / square[i]
+            per = d_theta[i] * most[i] / square[i]
+            per += per
+            for d in range(e.shape[0]):
+                d_e[d] = per * e[d]
+            per *= -(along[i] / square[i])
+            for l in range(P.shape[0] - 1):
+                x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
+                d_x, d_delta = _at(d_X, P[l, 3], C, P[l, 0])[i], _at(d_D, P[l, 4], C, P[l, 1])[i]
+                of_x, of_delta = per * dot(delta, delta), per * dot(x, x)
+                for d in range(x.shape[0]):
+                    d_x[d] += of_x * x[d]
+                for d in range(delta.shape[0]):
+                    d_delta[d] += of_delta * delta[d]
+
+
+@jit
+def _inner_backward(
+    P, C, R, kind, norm, W, X, H, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_E, d_norm, d_target
+):  # fmt: skip
+    """From d_X, d_D and d_E to d_X of the first layer, the keys' gradient, and d_target; adds to d_W and d_norm."""
+    L = P.shape[0] - 1
+    for l in range(1, L):
+        wide = R * P[l, 0]
+        w, d_w = _at(W, P[l, 2], P[l, 1], wide), _at(d_W, P[l, 2], P[l, 1], wide)
+        h, out = _at(H, P[l - 1, 4], C, P[l - 1, 1]), _at(curve, 0, C, P[l - 1, 1])
+        bend(kind, h, out)
+        back, slope = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
+        d_delta, d_h = _at(d_D, P[l - 1, 4], C, P[l - 1, 1]), _at(d_H, P[l - 1, 4], C, P[l - 1, 1])
+        for i in range(C):
+            from_, by, curved, came, to = d_delta[i], slope[i], out[i], back[i], d_h[i]
+            for d in range(to.shape[0]):
+                to[d] = from_[d] * came[d] * curved[d]
+                from_[d] *= by[d]
+        gemm(1.0, d_delta, False, w[:, : P[l - 1, 1]], True, 1.0, _at(d_D, P[l, 4], C, P[l, 1]))
+        gemm(1.0, _at(D, P[l, 4], C, P[l, 1]), True, d_delta, False, 1.0, d_w[:, : P[l - 1, 1]])
+    d_delta, d_h = _at(d_D, P[L - 1, 4], C, P[L - 1, 1]), _at(d_H, P[L - 1, 4], C, P[L - 1, 1])
+    width, real = d_h.shape[1], d_h.dtype.type
+    for i in range(C):
+        up, to, d_e, d_v, e = d_delta[i], d_h[i], d_E[i], d_target[i], error[i]
+        if norm.shape[0]:
+            scale, u, by = norm[0], unit[i], inverse[i]
+            d_scale, d_shift = d_norm[0], d_norm[1]
+            # δ = inverse · r with r = ê − mean(ê) − u mean(ê u), ê = scale · e
+            mean, along, d_inverse, d_mean, d_along = _of_norm(scale, e, u, up, by)
+            for d in range(width):
+                d_scaled = by * up[d] - d_mean - u[d] * d_along
+                d_e[d] += scale[d] * d_scaled
+                d_scale[d] += e[d] * d_scaled + u[d] * d_e[d]
+                d_shift[d] += d_e[d]
+                to[d] = scale[d] * d_e[d] - scale[d] * e[d] * d_along - by * up[d] * along
+                d_v[d] = -d_e[d]
+            mean, along = total(to) / real(width), (dot(to, u) + by * d_inverse) / real(width)
+            for d in range(width):
+                to[d] = by * (to[d] - mean - u[d] * along)
+        else:
+            for d in range(width):
+                to[d] = d_e[d] + up[d]
+                d_v[d] = -to[d]
+    for l in range(L - 1, -1, -1):
+        x, d_h = _at(X, P[l, 3], C, P[l, 0]), _at(d_H, P[l, 4], C, P[l, 1])
+        w, d_w = _at(W, P[l, 2], P[l, 1], R * P[l, 0]), _at(d_W, P[l, 2], P[l, 1], R * P[l, 0])
+        d_x = _at(d_X, P[l, 3], C, P[l, 0])
+        gemm(1.0, d_h, True, x, False, 1.0, d_w[:, : P[l, 0]])
+        gemm(1.0, d_h, False, w[:, : P[l, 0]], False, 1.0, d_x)
+        if l:
+            earlier, slope = _at(d_H, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
+            for i in range(C):
+                to, from_, by = earlier[i], d_x[i], slope[i]
+                for d in range(to.shape[0]):
+                    to[d] += from_[d] * by[d]
+
+
+@summing
+def _of_norm(scale, e, u, up, by):
+    """Means over a row that the gradient of a layer norm's gradient needs."""
+    width, real = e.shape[0], e.dtype.type
+    mean, along, d_inverse = real(0), real(0), real(0)
+    for d in range(width):
+        mean += scale[d] * e[d]
+        along += scale[d] * e[d] * u[d]
+    mean, along = mean / real(width), along / real(width)
+    for d in range(width):
+        d_inverse += up[d] * (scale[d] * e[d] - mean - u[d] * along)
+    return mean, along, d_inverse, by * total(up) / real(width), by * dot(up, u) / real(width)
+
+
+@jit
+def backward(
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
+    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, befores, d_y, d_y_at,
+    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at,
+    d_momentum, d_momentum_at, d_norm, d_state,
+):  # fmt: skip
+    P = plan(widths, bias, R, C)
+    L, dtype = P.shape[0] - 1, befores.dtype
+    xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
+    # of the chunks between two kept states
+    Ws, Xs = np.empty((every, befores.shape[2]), dtype), np.empty((every, xs), dtype)
+    flats, rows = np.empty((every, 4, ds), dtype), np.empty((every, 2, C, out), dtype)
+    rules, gatess = np.empty((every, 2, C, C + 1), dtype), np.zeros((every, 10, C), dtype)
+    Ms, inverses, kepts = np.empty((every, C, C), dtype), np.empty((every, C), dtype), np.zeros((every, 3), dtype)
+
+    Z, ZZ, wide = np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
+    d_X, d_Z, flat = np.empty(xs, dtype), np.empty(xs, dtype), np.empty((6, ds), dtype)
+    Q, GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4], flat[5]
+    target, d_target, d_error = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty((C, out), dtype)
+    scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty((C, C), dtype)
+    d_K, d_E, d_kept, d_gates = (
+        np.empty((C, C + 1), dtype),
+        np.empty(C + 1, dtype),
+        np.zeros(3, dtype),
+        np.zeros((8, C), dtype),
+    )
+    d_theta, d_A, d_F, d_tails, d_asked, d_ceiling, d_decays, d_etas = (
+        d_gates[0], d_gates[1], d_gates[2], d_gates[3], d_gates[4], d_gates[5], d_gates[6], d_gates[7],
+    )  # fmt: skip
+    for g in range(every):
+        _ones(P, C, Xs[g])
+    _ones(P, C, Z)
+    z = _at(Z, 0, C, P[0, 0])
+    for r in range(first, last):
+        b, h = r // H, r % H
+        d_W = d_state[r]
+        for c in range(chunks - 1, -1, -1):
+            if c % every == every - 1 or c == chunks - 1:
+                copy_row(befores[r, c // every], Ws[0])
+                for g in range(c % every + 1):
+                    t, W, X = (c // every * every + g) * C, Ws[g], Xs[g]
+                    gates, D, error = gatess[g], flats[g, 1], rows[g, 0]
+                    _take(k, k_at, b, h, t, widths[0], _at(X, 0, C, P[0, 0]))
+                    take(target, v, v_at, b, h, t)
+                    _gates(
+                        bounded, R, step, step_at, most, most_at, given, given_at, momentum, momentum_at, b, h, t,
+                        gates[4], gates[5], gates[8], gates[9],
+                    )  # fmt: skip
+                    _inner(
+                        P, C, kind, norm[r], W, target, X, flats[g, 0], D, flats[g, 2], flats[g, 3], rows[g, 1],
+                        inverses[g], error,
+                    )  # fmt: skip
+                    _steps(P, C, X, D, error, gates[4], gates[5], bounded, gates[0], gates[6], gates[7])
+                    _rule(C, averages, gates[8], gates[9], gates[1], rules[g, 0], rules[g, 1])
+                    _write(C, rules[g, 1], gates[0], Ms[g], gates[2])
+                    _tails(C, rules[g, 0], gates[0], gates[1], gates[2], gates[3], kepts[g])
+                    if g < c % every:
+                        copy_row(W, Ws[g + 1])
+                        _carry(P, C, R, kepts[g], Ms[g, C - 1], gates[3], X, D, wide, Ws[g + 1])
+            g, t = c % every, c * C
+            W, X, M, E, K, unit, inverse, error = (
+                Ws[g],
+                Xs[g],
+                Ms[g],
+                rules[g, 0],
+                rules[g, 1],
+                rows[g, 1],
+                inverses[g],
+                rows[g, 0],
+            )
+            hidden, D, G, B, gates = flats[g, 0], flats[g, 1], flats[g, 2], flats[g, 3], gatess[g]
+            theta, A, F, tails = gates[0], gates[1], gates[2], gates[3]
+            _take(q, q_at, b, h, t, widths[0], z)
+            _read(P, C, R, kind, L - 1, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
+            _scaled(R, _at(Z, P[L - 1, 3], C, P[L - 1, 0]), A, F, _at(ZZ, R * P[L - 1, 3], C, R * P[L - 1, 0]))
+
+            fill(d_kept, 0.0)
+            for i in range(4):
+                fill(d_gates[i], 0.0)
+            for i in range(C):
+                fill(d_M[i], 0.0)
+            _carry_backward(
+                P, C, R, kepts[g], M[C - 1], tails, W, X, D, wide, d_W, d_X, d_D, d_M[C - 1], d_tails, d_kept
+            )  # fmt: skip
+            take(_at(d_Q, P[L - 1, 4], C, out), d_y, d_y_at, b, h, t)
+            _read_backward(
+                P, C, R, A, F, W, X, D, M, Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D, d_M, d_Z, d_Q, d_A, d_F
+            )  # fmt: skip
+            d_A[C - 1] += d_kept[0]
+            d_F[C - 1] += d_kept[1]
+
+            d_E[0] = d_kept[2]
+            for i in range(C):
+                d_E[1 + i] = d_tails[i] * theta[i]
+                d_theta[i] = d_tails[i] * E[C - 1, 1 + i]
+            for s in range(C):
+                row, d_row, to = K[s, 1:], d_M[s], d_K[s, 1:]
+                d_K[s, 0] = d_F[s]
+                for i in range(s + 1):
+                    d_theta[i] += d_row[i] * row[i]
+                    to[i] = d_row[i] * theta[i]
+                fill(to[s + 1 :], 0.0)
+            _rule_backward(C, averages, gates[8], gates[9], A, E, K, d_A, d_E, d_K, d_decays, d_etas)
+            _steps_backward(
+                P, C, X, D, error, gates[4], gates[5], theta, gates[6], gates[7], bounded, d_theta, d_asked, d_ceiling,
+                d_X, d_D, d_error,
+            )  # fmt: skip
+            _put_tokens(d_step, d_step_at, b, h, t, d_asked)
+            _put_tokens(d_given, d_given_at, b, h, t, d_decays)
+            if bounded:
+                _put_tokens(d_most, d_most_at, b, h, t, d_ceiling)
+            if R == 2:
+                _put_tokens(d_momentum, d_momentum_at, b, h, t, d_etas)
+            _inner_backward(
+                P, C, R, kind, norm[r], W, X, hidden, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_error,
+                d_norm[r], d_target,
+            )  # fmt: skip
+            _put(d_q, d_q_at, b, h, t, widths[0], _at(d_Z, 0, C, P[0, 0]))
+            _put(d_k, d_k_at, b, h, t, widths[0], _at(d_X, 0, C, P[0, 0]))
+            put(d_v, d_v_at, b, h, t, d_target)
+
+
+@jit
+def _put(x, at, b, h, first, width, rows):
+    """`put` of the leading columns."""
+    origin = b * at[0] + h * at[1] + first * at[2]
+    for i in range(rows.shape[0]):
+        copy_row(rows[i, :width], x[origin + i * at[2] : origin + i * at[2] + width])
+
+
+@jit
+def _put_tokens(x, at, b, h, first, values):
+    origin = b * at[0] + h * at[1] + first * at[2]
+    for i in range(values.shape[0]):
+        x[origin + i * at[2]] = values[i]
