@@ -13,11 +13,19 @@ STEPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("id", STEPPED)
-def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id):
+VARIANTS = [
+    ("gated-deltanet", {"value_heads": 4}),
+    ("gated-deltanet", {"negative": True, "gate": False}),
+    ("gated-deltanet", {"writes": 2}),
+    ("mamba", {"norm_eps": 1e-5}),
+]
+
+
+@pytest.mark.parametrize(("id", "changed"), [*((id, {}) for id in STEPPED), *VARIANTS])
+def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
     monkeypatch.setattr(steps, "STEP_FROM", 0)
     torch.manual_seed(0)
-    small = catalogue.cards("memory")[id].small
+    small = catalogue.cards("memory")[id].small | changed
     memory = make(id, **small).double()
     x = torch.randn(2, 7, small["dim"], dtype=torch.float64)
     with torch.no_grad():

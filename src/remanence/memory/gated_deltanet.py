@@ -10,6 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import DecayGate, GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.ops import steps
 from remanence.state import State
 
 
@@ -97,8 +98,14 @@ class GatedDeltaNet(Memory):
         """What the memories answer, before the readout: [batch, value_heads, time, V]."""
         state = self.begin(x, state)
         mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"], silu=True)
+        beta = self.beta(x)
+        if x.shape[1] == 1 and self._is_plain() and steps.worth(state["S"], mixed, beta, self.beta.weight):
+            gate = self.decay
+            decay = (gate.step(x), gate.rate, gate.bias) if isinstance(gate, DecayGate) else ()
+            y, S = steps.gated_delta_token(mixed, self.heads, beta, self.most, state["S"], *decay)
+            return y, {"S": S, "conv": conv}
         q, k, v = mixed.split(self.widths, -1)
-        k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
+        k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, beta))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = l2_norm(split(q, self.heads)) * self.head_dim**-0.5
         if self.value_heads > self.heads:
@@ -109,6 +116,12 @@ class GatedDeltaNet(Memory):
         y, S = self.rule(q, k, split(v, self.value_heads), beta, g, state["S"])
         y = y if self.writes == 1 else y[:, :, self.writes - 1 :: self.writes]
         return y, {"S": S, "conv": conv}
+
+    def _is_plain(self) -> bool:
+        """Whether this is the rule itself, with one write per token, and no variant."""
+        kind = type(self)
+        own = kind.write is GatedDeltaNet.write and kind.rule is GatedDeltaNet.rule
+        return own and self.writes == 1 and (self.decay is None or type(self.decay) is DecayGate)
 
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and strengths that are written with, from those projected: [B, H, T, K] and [B, H, T]."""

@@ -47,7 +47,7 @@ class GLA(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k = (split(part, self.heads) for part in self.qk(x).chunk(2, dim=-1))
+        q, k = split(self.qk(x), 2 * self.heads).chunk(2, dim=1)
         log_decay = F.logsigmoid(split(wide(self.decay(x)), self.heads)) / 16
         q = q * q.shape[-1] ** -0.5
         y, state = ops.linear_attention(q, k, split(self.v(x), self.heads), log_decay, state)

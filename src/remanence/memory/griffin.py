@@ -40,8 +40,10 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (self.weight.shape[0], -1))
-        return torch.einsum("...bi,bij->...bj", parts, self.weight).flatten(-2) + self.bias
+        blocks, size, _ = self.weight.shape
+        parts = x.reshape(-1, blocks, size).transpose(0, 1)
+        y = torch.baddbmm(self.bias.view(blocks, 1, size), parts, self.weight)
+        return y.transpose(0, 1).reshape(x.shape)
 
 
 @card(

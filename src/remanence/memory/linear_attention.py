@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,8 +45,8 @@ class LinearAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        v_and_one = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        y, state = ops.linear_attention(F.elu(q) + 1, F.elu(k) + 1, v_and_one, state=state)
+        qk, v = split(self.qkv(x), 3 * self.heads).split([2 * self.heads, self.heads], dim=1)
+        q, k = (F.elu(qk) + 1).chunk(2, dim=1)
+        y, state = ops.linear_attention(q, k, F.pad(v, (0, 1), value=1.0), state=state)
         mean = y[..., :-1] / (y[..., -1:] + 1e-6)
         return self.out(merge(mean).to(x.dtype)), state

@@ -12,6 +12,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, merge, split, wide, zeros
+from remanence.ops.norm import normalise
 from remanence.state import State
 
 
@@ -104,9 +105,12 @@ class Mamba2(Memory):
         step = F.softplus(wide(step) + wide(self.step_bias)).clamp(*self.step_limit).transpose(1, 2)
         decay = -wide(self.rate).exp()[:, None] * step
         y, after = ops.linear_attention(q, k, step[..., None] * u, decay, {"S": state["S"]})
-        y = merge(y + wide(self.skip)[:, None, None] * u) * F.silu(wide(z))
-        y = F.rms_norm(y.unflatten(-1, (self.norm_groups, -1)), (inner // self.norm_groups,), eps=self.eps).flatten(-2)
-        return self.out(self.scale * y.to(x.dtype)), {**after, "conv": conv}
+        y = merge(torch.addcmul(y, wide(self.skip)[:, None, None], u)) * F.silu(wide(z))
+        if self.norm_groups == 1:
+            y = normalise(y, self.scale.to(y.dtype), eps=self.eps)
+        else:
+            y = normalise(y.unflatten(-1, (self.norm_groups, -1)), eps=self.eps).flatten(-2) * self.scale
+        return self.out(y.to(x.dtype)), {**after, "conv": conv}
 
     def _share(self, x: Tensor) -> Tensor:
         """[batch, groups, time, N] -> [batch, heads, time, N], without a copy where there is one group."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence import ops
+from remanence.ops import steps
 from remanence.ops.norm import normalise
 from remanence.state import State
 
@@ -38,12 +39,15 @@ def per_head(where: str, width: int, heads: int, multiple: int = 1) -> int:
 def split(x: Tensor, heads: int) -> Tensor:
     """[batch, time, heads·width] -> [batch, heads, time, width], in float32 or wider."""
     B, T, width = x.shape
+    if T == 1:
+        return wide(x).view(B, heads, 1, width // heads)
     return wide(x).view(B, T, heads, width // heads).transpose(1, 2)
 
 
 def merge(x: Tensor) -> Tensor:
     """[batch, heads, time, width] -> [batch, time, heads·width]."""
-    return x.transpose(1, 2).flatten(2)
+    B, H, T, width = x.shape
+    return x.reshape(B, 1, H * width) if T == 1 else x.transpose(1, 2).flatten(2)
 
 
 def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
@@ -153,6 +157,9 @@ class GatedReadout(nn.Module):
         self.out = nn.Linear(width, dim, bias=False)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.activation is F.silu and self.gate is not None and x.shape[1] == 1 and steps.worth(x, y):
+            gate = self.gate(x)
+            return self.out(steps.normalise(y, self.norm.weight, gate, self.eps, True).view(gate.shape))
         y = y.to(x.dtype).transpose(1, 2)
         if self.gate is None or self.activation is None:
             return self.out(self.norm(y).flatten(2))

@@ -53,8 +53,9 @@ class RetNet(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = (split(part, self.heads) for part in (*self.qk(x).chunk(2, -1), self.v(x)))
-        q, k = (rotate(part, state["position"], self.frequencies) for part in (q, k * self.head_dim**-0.5))
+        qk, v = split(self.qk(x), 2 * self.heads), split(self.v(x), self.heads)
+        q, k = rotate(qk, state["position"], self.frequencies).chunk(2, dim=1)
+        k = k * self.head_dim**-0.5
         decay = self.log_decay.to(k)[:, None].expand(k.shape[:3])
         y, after = ops.linear_attention(q, k, v, decay, {"S": state["S"]})
         return self.readout(y, x), {**after, "position": state["position"] + x.shape[1]}

@@ -27,7 +27,7 @@ def _turn(x, y):
 
 
 @summing
-def _read(a, S, u):
+def read(a, S, u):
     """u = Sᵀ a, four key features at a time: the sum is then fetched and put back once for four."""
     K, V = S.shape
     for j in range(V):
@@ -45,7 +45,7 @@ def _read(a, S, u):
 
 
 @summing
-def _write(S, new, u, k, v, b, decay):
+def write(S, new, u, k, v, b, decay):
     """new = Diag(decay) S + b uᵀ + k vᵀ."""
     for i in range(S.shape[0]):
         d, bi, ki = decay[i], b[i], k[i]
@@ -63,10 +63,10 @@ def forward(first, last, every, q, k, v, a, b, decay, start, y, end, u, kept):
         for t in range(T):
             if t % every == 0:
                 _turn(S, kept[r, t // every])
-            _read(a[r, t], S, u[r, t])
-            _write(S, new, u[r, t], k[r, t], v[r, t], b[r, t], decay[r, t])
+            read(a[r, t], S, u[r, t])
+            write(S, new, u[r, t], k[r, t], v[r, t], b[r, t], decay[r, t])
             S, new = new, S
-            _read(q[r, t], S, y[r, t])
+            read(q[r, t], S, y[r, t])
         _copy(S, end[r])
 
 
@@ -87,10 +87,10 @@ def backward(first, last, every, q, k, v, a, b, decay, u, kept, d_y, d_S, d_q, d
             for t in range(t1 - 1, t0 - 1, -1):
                 before, after = states[t - t0], states[t - t0 + 1]
                 _unread(D, d_y[r, t], q[r, t], k[r, t], b[r, t], d_v[r, t], d_u)
-                _read(v[r, t], D, d_k[r, t])
-                _read(u[r, t], D, d_b[r, t])
-                _read(d_y[r, t], after, d_q[r, t])
-                _read(d_u, before, d_a[r, t])
+                read(v[r, t], D, d_k[r, t])
+                read(u[r, t], D, d_b[r, t])
+                read(d_y[r, t], after, d_q[r, t])
+                read(d_u, before, d_a[r, t])
                 _unwrite(D, d_u, a[r, t], decay[r, t])
                 _carry(carried, q[r, t], d_q[r, t], k[r, t], d_k[r, t], b[r, t], d_b[r, t])
                 for i in range(K):

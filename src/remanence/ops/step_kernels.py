@@ -11,6 +11,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit
+from remanence.ops.dplr_kernels import read, write
 
 
 @jit
@@ -72,74 +73,123 @@ def scan(g, b, start, h):
 
 
 @jit
+def _write(start, decays, k, new, S):
+    """S = Diag(decays) start + k newᵀ."""
+    for i in range(S.shape[0]):
+        before, now, a, x = start[i], S[i], decays[i], k[i]
+        for d in range(new.shape[0]):
+            now[d] = a * before[d] + x * new[d]
+
+
+@jit
 def linear_attention(q, k, v, g, decays, start, y, S):
     """`decays`, and the last axis of g: none, one for the head, or one per key feature."""
+    K = k.shape[3]
+    a, seen = np.empty(K, v.dtype), np.empty(K, v.dtype)
+    fill(a, 1.0)
     for b in range(k.shape[0]):
         for h in range(k.shape[1]):
-            out, new = y[b, h, 0], v[b, h, 0]
-            fill(out, 0.0)
-            a = decay(g[b, h, 0, 0]) if decays == 1 else v.dtype.type(1)
-            for i in range(k.shape[3]):
-                before, now, ki, qi = start[b, h, i], S[b, h, i], k[b, h, 0, i], q[b, h, 0, i]
-                if decays > 1:
-                    a = decay(g[b, h, 0, i])
-                for d in range(new.shape[0]):
-                    now[d] = a * before[d] + ki * new[d]
-                _add(now, qi, out)
+            late, early, new, out = q[b, h, 0], k[b, h, 0], v[b, h, 0], y[b, h, 0]
+            if decays == 1:
+                fill(a, decay(g[b, h, 0, 0]))
+            elif decays > 1:
+                rates = g[b, h, 0]
+                for i in range(K):
+                    a[i] = decay(rates[i])
+            for i in range(K):
+                seen[i] = late[i] * a[i]
+            read(seen, start[b, h], out)
+            _add(new, dot(late, early), out)
+            _write(start[b, h], a, early, new, S[b, h])
 
 
 @jit
-def gated_delta_rule(q, k, v, beta, g, decays, start, y, S):
-    """beta [B, H, 1]."""
-    error = np.empty(v.shape[3], v.dtype)
-    for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            out, new = y[b, h, 0], v[b, h, 0]
-            a = decay(g[b, h, 0]) if decays else v.dtype.type(1)
-            fill(error, 0.0)
-            for i in range(k.shape[3]):
-                _add(start[b, h, i], k[b, h, 0, i], error)
-            for d in range(new.shape[0]):
-                error[d] = beta[b, h, 0] * (new[d] - a * error[d])
-            fill(out, 0.0)
-            for i in range(k.shape[3]):
-                before, now, ki = start[b, h, i], S[b, h, i], k[b, h, 0, i]
-                for d in range(new.shape[0]):
-                    now[d] = a * before[d] + ki * error[d]
-                _add(now, q[b, h, 0, i], out)
+def _delta(late, early, new, beta, a, start, error, decays, out, S):
+    """One head: S = a (start − …) with the part of `new` that it did not foresee, read at `late`."""
+    read(early, start, error)
+    for d in range(new.shape[0]):
+        error[d] = beta * (new[d] - a * error[d])
+    read(late, start, out)
+    same = dot(late, early)
+    for d in range(new.shape[0]):
+        out[d] = a * out[d] + same * error[d]
+    fill(decays, a)
+    _write(start, decays, early, error, S)
 
 
 @jit
-def dplr(q, k, v, a, b, g, decays, start, y, S):
-    read = np.empty(v.shape[3], v.dtype)
+def gated_delta_rule(q, k, v, beta, g, decayed, start, y, S):
+    """beta, g [B, H, 1]."""
+    error, decays = np.empty(v.shape[3], v.dtype), np.empty(k.shape[3], v.dtype)
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            a = decay(g[b, h, 0]) if decayed else v.dtype.type(1)
+            late, early, new, out = q[b, h, 0], k[b, h, 0], v[b, h, 0], y[b, h, 0]
+            _delta(late, early, new, beta[b, h, 0], a, start[b, h], error, decays, out, S[b, h])
+
+
+@jit
+def gated_delta_token(mixed, heads, beta, most, step, rate, bias, decayed, eps, start, y, S):
+    """The same from what the layer projects: queries, keys and values side by side, logits of β and of the decay."""
+    K, V = start.shape[2:]
+    error, decays = np.empty(V, y.dtype), np.empty(K, y.dtype)
+    late, early = np.empty(K, y.dtype), np.empty(K, y.dtype)
+    share = start.shape[1] // heads
+    for b in range(start.shape[0]):
+        row = mixed[b, 0]
+        for m in range(start.shape[1]):
+            at = m // share * K
+            q, k = row[at : at + K], row[heads * K + at : heads * K + at + K]
+            new = row[2 * heads * K + m * V : 2 * heads * K + (m + 1) * V]
+            if m % share == 0:
+                by_q = y.dtype.type(1 / math.sqrt(K * (dot(q, q) + eps)))
+                by_k = y.dtype.type(1 / math.sqrt(dot(k, k) + eps))
+                for i in range(K):
+                    late[i] = q[i] * by_q
+                    early[i] = k[i] * by_k
+            a = y.dtype.type(1)
+            if decayed:
+                z = step[b, 0, m] + bias[m]
+                z = z if z > 20 else math.log1p(math.exp(z))
+                a = decay(y.dtype.type(-math.exp(rate[m]) * z))
+            strength = y.dtype.type(most / (1 + math.exp(-beta[b, 0, m])))
+            _delta(late, early, new, strength, a, start[b, m], error, decays, y[b, m, 0], S[b, m])
+
+
+@jit
+def dplr(q, k, v, a, b, g, decayed, start, y, S):
+    K = k.shape[3]
+    found, decays, seen = np.empty(v.shape[3], v.dtype), np.empty(K, v.dtype), np.empty(K, v.dtype)
+    fill(decays, 1.0)
     for n in range(k.shape[0]):
         for h in range(k.shape[1]):
-            out, new = y[n, h, 0], v[n, h, 0]
-            fill(read, 0.0)
-            for i in range(k.shape[3]):
-                _add(start[n, h, i], a[n, h, 0, i], read)
-            fill(out, 0.0)
-            for i in range(k.shape[3]):
-                before, now, ki, bi = start[n, h, i], S[n, h, i], k[n, h, 0, i], b[n, h, 0, i]
-                kept = decay(g[n, h, 0, i]) if decays else v.dtype.type(1)
-                for d in range(new.shape[0]):
-                    now[d] = kept * before[d] + bi * read[d] + ki * new[d]
-                _add(now, q[n, h, 0, i], out)
+            late, early, new, out, along = q[n, h, 0], k[n, h, 0], v[n, h, 0], y[n, h, 0], b[n, h, 0]
+            if decayed:
+                rates = g[n, h, 0]
+                for i in range(K):
+                    decays[i] = decay(rates[i])
+            read(a[n, h, 0], start[n, h], found)
+            for i in range(K):
+                seen[i] = late[i] * decays[i]
+            read(seen, start[n, h], out)
+            _add(new, dot(late, early), out)
+            _add(found, dot(late, along), out)
+            write(start[n, h], S[n, h], found, early, new, along, decays)
 
 
 @jit
 def selective_scan(x, delta, A, squared, B, C, start, y, h):
     """x, delta [B, 1, D]; A [D, N], or none where the decay is 1 − Δ B² (`squared`); B, C [B, 1, N]; h [B, D, N]."""
     for b in range(x.shape[0]):
-        write, read = B[b, 0], C[b, 0]
+        into, out_of = B[b, 0], C[b, 0]
         for d in range(x.shape[2]):
             step, before, now = delta[b, 0, d], start[b, d], h[b, d]
             u = step * x[b, 0, d]
             if squared:
-                for n in range(write.shape[0]):
-                    now[n] = (1 - step * write[n] * write[n]) * before[n] + u * write[n]
+                for n in range(into.shape[0]):
+                    now[n] = (1 - step * into[n] * into[n]) * before[n] + u * into[n]
             else:
                 rate = A[d]
-                for n in range(write.shape[0]):
-                    now[n] = decay(step * rate[n]) * before[n] + u * write[n]
-            y[b, 0, d] = dot(now, read)
+                for n in range(into.shape[0]):
+                    now[n] = decay(step * rate[n]) * before[n] + u * into[n]
+            y[b, 0, d] = dot(now, out_of)

@@ -23,12 +23,22 @@ def worth(x: Tensor, *others: Tensor | None) -> bool:
     if torch.is_grad_enabled() or not x.is_cpu or x.numel() < STEP_FROM:
         return False
     dtype = x.dtype
-    return dtype in (torch.float32, torch.float64) and all(o is None or o.dtype == dtype for o in others)
+    for other in others:
+        if other is not None and other.dtype != dtype:
+            return False
+    return dtype == torch.float32 or dtype == torch.float64
 
 
-@cache
-def _kernels() -> Any:
-    return importlib.import_module("remanence.ops.step_kernels")
+class _Kernels:
+    """The compiled functions, loaded when one is first called: Numba takes half a second."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(importlib.import_module("remanence.ops.step_kernels"), name)
+        setattr(self, name, found)
+        return found
+
+
+kernels = _Kernels()
 
 
 @cache
@@ -48,7 +58,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, si
     """y and the next tail."""
     y, after = x.new_empty(x.shape), x.new_empty(tail.shape)
     b = _maybe(bias, x, 1)
-    _kernels().conv(_array(tail), _array(x), _array(weight), b, bias is not None, silu, y.numpy(), after.numpy())
+    kernels.conv(_array(tail), _array(x), _array(weight), b, bias is not None, silu, y.numpy(), after.numpy())
     return y, after
 
 
@@ -57,14 +67,14 @@ def normalise(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float,
     y = x.new_empty(x.shape)
     w, g = _maybe(weight, x, 1), _nothing(x.dtype, 2) if gate is None else _array(gate).reshape(-1, width)
     rows, share = _array(x).reshape(-1, width), 1 / width if mean else 1.0
-    _kernels().normalise(rows, w, weight is not None, g, gate is not None, share, eps, y.numpy().reshape(-1, width))
+    kernels.normalise(rows, w, weight is not None, g, gate is not None, share, eps, y.numpy().reshape(-1, width))
     return y
 
 
 def scan(g: Tensor, b: Tensor, start: Tensor) -> Tensor:
     """The next h [B, D]."""
     h = start.new_empty(start.shape)
-    _kernels().scan(_array(g), _array(b), _array(start), h.numpy())
+    kernels.scan(_array(g), _array(b), _array(start), h.numpy())
     return h
 
 
@@ -72,7 +82,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: T
     y, S = v.new_empty(v.shape), start.new_empty(start.shape)
     decays = 0 if g is None else g.ndim - 2
     a = _maybe(g if g is None or decays == 2 else g[..., None], v, 4)
-    _kernels().linear_attention(_array(q), _array(k), _array(v), a, decays, _array(start), y.numpy(), S.numpy())
+    kernels.linear_attention(_array(q), _array(k), _array(v), a, decays, _array(start), y.numpy(), S.numpy())
     return y, S
 
 
@@ -81,7 +91,34 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     y, S = v.new_empty(v.shape), start.new_empty(start.shape)
     given = _array(q), _array(k), _array(v), _array(beta), _maybe(g, v, 3), g is not None, _array(start)
-    _kernels().gated_delta_rule(*given, y.numpy(), S.numpy())
+    kernels.gated_delta_rule(*given, y.numpy(), S.numpy())
+    return y, S
+
+
+def gated_delta_token(
+    mixed: Tensor,
+    heads: int,
+    beta: Tensor,
+    most: float,
+    start: Tensor,
+    step: Tensor | None = None,
+    rate: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule from what a layer projects, which saves the dozen operations in between.
+
+    Queries and keys are brought to unit length, and queries scaled by K^{-1/2}; β is `most`·σ of its logits, the log
+    decay −exp(`rate`)·softplus(`step` + `bias`) where there is one. Heads of queries and keys serve several values.
+
+    Shapes: mixed [B, 1, 2·heads·K + M·V], beta and step [B, 1, M], rate and bias [M], start [B, M, K, V]
+    -> y [B, M, 1, V] and the next state.
+    """
+    y, S = start.new_empty(*start.shape[:2], 1, start.shape[3]), start.new_empty(start.shape)
+    decay = _maybe(step, start, 3), _maybe(rate, start, 1), _maybe(bias, start, 1), step is not None
+    given = _array(mixed), heads, _array(beta), float(most), *decay, eps, _array(start)
+    kernels.gated_delta_token(*given, y.numpy(), S.numpy())
     return y, S
 
 
@@ -90,7 +127,7 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     y, S = v.new_empty(v.shape), start.new_empty(start.shape)
     given = *(_array(x) for x in (q, k, v, a, b)), _maybe(g, v, 4), g is not None, _array(start)
-    _kernels().dplr(*given, y.numpy(), S.numpy())
+    kernels.dplr(*given, y.numpy(), S.numpy())
     return y, S
 
 
@@ -99,5 +136,5 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     y, h = x.new_empty(x.shape), start.new_empty(start.shape)
     given = _array(x), _array(delta), _maybe(A, x, 2), A is None, _array(B), _array(C), _array(start)
-    _kernels().selective_scan(*given, y.numpy(), h.numpy())
+    kernels.selective_scan(*given, y.numpy(), h.numpy())
     return y, h
