@@ -164,6 +164,22 @@ def test_gsa_keeps_what_it_does_not_take() -> None:
     torch.testing.assert_close(w + log_decay.exp(), torch.ones_like(w))
 
 
+@pytest.mark.parametrize("layer", [GSA, ABC])
+def test_grouped_queries_read_the_slots_that_copies_would_hold(layer: type[Memory]) -> None:
+    few, many = shaken(layer(16, heads=4, kv_heads=2, slots=5)), layer(16, heads=4, slots=5).double()
+    q, k, v = few.qkv.weight.split(few.widths)
+    copied = [part.unflatten(0, (2, -1)).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v, few.gate.weight)]
+    many.load_state_dict({**few.state_dict(), "qkv.weight": torch.cat([q, *copied[:2]]), "gate.weight": copied[2]})
+    tokens = x(16, 20)
+    y, state = few(tokens[:, :13])
+    rest, end = few(tokens[:, 13:], state)
+    torch.testing.assert_close(torch.cat([y, rest], 1), many(tokens)[0])
+    assert {n: t.shape for n, t in end.items()} == {n: t.shape for n, t in few.initial_state(2).items()}
+    assert state["K"].shape == (2, 2, 5, 4)
+    with pytest.raises(ValueError, match="kv_heads must divide heads=4, got 3"):
+        layer(16, heads=4, kv_heads=3)
+
+
 def test_softmax_attention_shares_keys_and_values_between_heads() -> None:
     layer = SoftmaxAttention(16, heads=4, kv_heads=2).double()
     tokens = x(16, 70)
