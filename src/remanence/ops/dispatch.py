@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,4 +42,8 @@ def triton_everywhere() -> Iterator[None]:
 
 @cache
 def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 3)  # from where on kernels can be given tuples

@@ -132,6 +132,12 @@ def _state_gradients(
         put_state(d_S, slots + c, 0, e, K, V, d_state, BK, BV)
 
 
+def _longest(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Tokens of whose keys, whole, the programs that walk over the chunks can hold several matrices."""
+    narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return max(16, (2**13 if narrow else 2**12) // power(k.shape[3], 256))
+
+
 def _multiply(n: Sizes, X: Tensor, x: Tensor, g: Tensor | None, transposed: bool = False) -> Tensor:
     """X x, with the rows of x decayed where g is given, or Xᵀ x: in float32 or wider."""
     y, W = blank(x, n.dtype), power(x.shape[3], n.largest)
@@ -149,7 +155,7 @@ class GatedDeltaRule(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
-        n = Sizes.of(q, k, v, g, chunk_size)
+        n = Sizes.of(q, k, v, g, min(chunk_size, _longest(q, k, v)))
         w = (k * b[..., None]).to(k.dtype)
         X, S = k.new_empty(n.B, n.H, n.T, n.C, dtype=n.dtype), n.states(k)
         S[:, 0] = start.flatten(0, 1)
@@ -157,10 +163,10 @@ class GatedDeltaRule(torch.autograd.Function):
         with torch.cuda.device_of(k):
             _inverses[n.chunks, n.heads](
                 *strided(k, k), *strided(w, k), *strided(g, k), *strided(X, k), n.T, n.H, n.K, n.kind,
-                n.C, (n.C // BLOCK.value).bit_length() - 1, n.BK, n.wide, n.operand, **OPTIONS,
+                n.C, (n.C // BLOCK.value).bit_length() - 1, n.BK, n.wide, n.operand, num_warps=8,
             )  # fmt: skip
             seen, F = _multiply(n, X, k, g), _multiply(n, X, v, None)
-            BV = power(n.V, 32)
+            BV = power(n.V, 16 if n.K > 64 else n.largest // 2)
             _states[triton.cdiv(n.V, BV), n.heads](
                 *strided(seen, k), *strided(F, k), *strided(w, k), *strided(g, k), S, n.T, n.H, n.K, n.V, n.kind,
                 n.C, power(n.K, 256), BV, n.wide, n.operand, **OPTIONS,
@@ -182,7 +188,7 @@ class GatedDeltaRule(torch.autograd.Function):
         d_S[:, -1] = d_end.flatten(0, 1)
         with torch.cuda.device_of(k):
             value_gradients(n, q, w, g, None, d_y, None, d_F)
-            BV = power(n.V, 32)
+            BV = power(n.V, 16 if n.K > 64 else n.largest // 2)
             _state_gradients[triton.cdiv(n.V, BV), n.heads](
                 *strided(seen, k), *strided(d_F, k), *strided(q, k), *strided(w, k), *strided(g, k), *strided(d_y, k),
                 d_S, n.T, n.H, n.K, n.V, n.kind, n.C, power(n.K, 256), BV, n.wide, n.operand, **OPTIONS,
