@@ -26,6 +26,8 @@ from remanence.memory import (
     make,
 )
 from remanence.memory.kimi_delta import FeatureDecay
+from remanence.memory.mom import balancing
+from remanence.models.language import LanguageModel
 from remanence.state import nbytes
 
 IDS = ["deltanet", "deltaproduct", "efla", "gated-deltanet", "kimi-delta", "lattice", "mom", "rwkv7"]
@@ -305,6 +307,25 @@ def test_the_balance_is_least_where_all_memories_are_used_alike() -> None:
     assert uneven > even + 0.5
     uneven.backward()
     assert layer.router.weight.grad.any()
+
+
+def test_a_training_loop_gets_the_balance_of_every_mixture_in_a_stack() -> None:
+    model = LanguageModel("mom, gated-deltanet, mom", vocabulary=9, dim=8, arguments={"mom": {"heads": 2}})
+    read: list[torch.Tensor] = []
+    for m in model.modules():
+        if isinstance(m, MoM):
+            m.register_forward_hook(lambda _, args, __: read.append(args[0]))
+    with balancing(model) as terms:
+        model(torch.arange(9)[None])
+    routers = [m for m in model.modules() if isinstance(m, MoM)]
+    assert len(terms) == len(routers) == 2
+    torch.testing.assert_close(
+        torch.stack(terms), torch.stack([m.balance(x) for m, x in zip(routers, read, strict=True)])
+    )
+    sum(terms).backward()
+    assert all(m.router.weight.grad.any() for m in routers)
+    model(torch.arange(9)[None])  # outside of the block nothing is kept
+    assert len(terms) == 2
 
 
 def test_the_example_of_the_docs_runs() -> None:

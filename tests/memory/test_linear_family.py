@@ -187,11 +187,11 @@ def test_state_bytes_are_what_the_docstrings_say() -> None:
     assert nbytes(Griffin(16).initial_state(1)) == 4 * (16 + 3 * 16) + 1
 
 
-@pytest.mark.parametrize("example", [0, 1])
+@pytest.mark.parametrize("example", [0, 1, 2])
 def test_the_examples_of_the_docs_run(example: int) -> None:
     page = Path(__file__).parents[2] / "docs" / "memories.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec(compile(blocks[example], str(page), "exec"), {"__name__": "example"})
 
 

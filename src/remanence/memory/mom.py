@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -100,7 +101,8 @@ class MoM(Memory):
     def balance(self, x: Tensor) -> Tensor:
         """What training adds to the loss: M · Σ_m (share of tokens sent to m) · (mean of p_m); `top` when even.
 
-        The paper weighs it by 0.01. Source: Switch Transformers, arXiv:2101.03961.
+        The paper weighs it by 0.01. In a stack, whose inner inputs nobody holds, `balancing` finds it.
+        Source: Switch Transformers, arXiv:2101.03961.
         """
         p, chosen, _ = (part.flatten(0, 1) for part in self.route(x))
         return self.count * (chosen.to(p.dtype).mean(0) * p.mean(0)).sum()
@@ -120,6 +122,31 @@ class MoM(Memory):
         if self.readout is None:
             return y, after
         return self.readout(split(y, self.heads), x), after
+
+
+@contextmanager
+def balancing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While the model runs in this block, every `MoM` in it adds the `balance` of what it read to the yielded list.
+
+    >>> from remanence.memory import make
+    >>> model = make("mom", 8, heads=2)
+    >>> with balancing(model) as terms:
+    ...     y, _ = model(torch.ones(1, 5, 8))
+    >>> loss = y.square().mean() + 0.01 * sum(terms)
+    """
+    terms: list[Tensor] = []
+
+    def note(mixture: nn.Module, args: tuple[Any, ...], _: Any) -> None:
+        assert isinstance(mixture, MoM)
+        if args[0].shape[1]:
+            terms.append(mixture.balance(args[0]))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, MoM)]
+    try:
+        yield terms
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _run(memory: Memory, x: Tensor, state: State) -> tuple[Tensor, State]:
