@@ -34,6 +34,11 @@ def test_each_member_stands_once_below_its_first_parent():
         assert member.parents[:1] == tuple(path[depth - 1 : depth] if depth else [])
 
 
+def test_nothing_is_told_twice():
+    told = {c.system.id for c in catalogue.cards().values() if c.parents}
+    assert [id for id in told & KIN.keys() if KIN[id].parents or KIN[id].change] == []
+
+
 def test_cards_go_before_the_table(monkeypatch):
     monkeypatch.setitem(KIN, "mamba2", family_tree.Kin("outer", "selective", ("softmax",), "nonsense"))
     assert family()["mamba2"].parents == ("mamba",)

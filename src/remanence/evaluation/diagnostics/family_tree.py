@@ -1,6 +1,6 @@
 """The linear recurrences as a family tree: what each was made from, and the one thing that was changed.
 
-A card may name its own parents and change; what cards leave open stands in `KIN`.
+Cards name parents and change; what they leave open, and what a token costs, stands in `KIN`.
 """
 
 from __future__ import annotations
@@ -43,33 +43,31 @@ class Kin:
 KIN = {
     "softmax": Kin("window", "attention"),
     "sliding-window": Kin("window", "attention", ("softmax",), "only the last tokens are kept"),
-    "neighborhood-attention": Kin(
-        "window", "attention", ("sliding-window",), "the nearest positions along any number of axes, with dilation"
-    ),
-    "aaren": Kin("expgate", "attention", ("softmax",), "the query is a learnt constant"),
-    "abc": Kin("slots", "selective", ("softmax",), "keys and values are averaged into slots first"),
-    "gsa": Kin("slots", "selective", ("abc", "gla"), "each slot has a forget gate, and writes what it forgets"),
+    "neighborhood-attention": Kin("window", "attention"),
+    "aaren": Kin("expgate", "attention"),
+    "abc": Kin("slots", "selective"),
+    "gsa": Kin("slots", "selective"),
     "linear-attention": Kin("outer", "LTI", ("softmax",), "a positive feature map, so that the past becomes a sum"),
     "retnet": Kin("outer", "LTI", ("linear-attention",), "one fixed decay per head, rotary phases, no normaliser"),
-    "lightning-attention-tnl": Kin("outer", "LTI", ("retnet",), "decays set by head and layer"),
+    "lightning-attention-tnl": Kin("outer", "LTI"),
     "lightning-attention-2": Kin("outer", "tool", ("lightning-attention-tnl",), "tiles, at a constant cost per token"),
     "gla": Kin("outer", "selective", ("retnet",), "the decay is chosen by the input, per key feature"),
-    "gateloop": Kin("outer", "selective", ("linear-attention", "lru"), "a complex decay chosen by the input"),
-    "lightnet": Kin("outer", "selective", ("gla", "abc"), "the decay is what a running softmax over time leaves"),
-    "hgrn2": Kin("outer", "selective", ("hgrn", "gla"), "the vector state becomes a matrix; the key is 1 − decay"),
-    "rwkv6": Kin("outer", "selective", ("rwkv", "gla"), "a matrix state; decays and token shifts chosen by the input"),
-    "jrt": Kin("outer", "LTI", ("linear-attention",), "the prompt is read twice, or in both directions"),
-    "gated-rnn-attention": Kin("scan", "LTI", ("lru", "linear-attention"), "gates multiply what enters and leaves"),
-    "xlstm-7b": Kin("expgate", "selective", ("linear-attention",), "exponential input gates with a stabiliser"),
-    "rwkv": Kin("expgate", "LTI", ("linear-attention",), "one feature per head, an exponential key, a fixed decay"),
-    "deltanet": Kin("delta", "selective", ("linear-attention",), "a write first takes away what the key held"),
-    "gated-deltanet": Kin("delta", "selective", ("deltanet", "mamba2"), "a decay per head before each write"),
-    "kimi-delta": Kin("delta", "selective", ("gated-deltanet", "gla"), "a decay per key feature"),
-    "deltaproduct": Kin("delta", "selective", ("gated-deltanet",), "several writes per token"),
-    "efla": Kin("delta", "selective", ("deltanet",), "the step of the ODE is exact instead of Euler's"),
-    "rwkv7": Kin("delta", "selective", ("rwkv6", "deltanet"), "removal key, rate and replacement key apart"),
-    "mom": Kin("delta", "selective", ("gated-deltanet",), "a router sends each token to a few of several states"),
-    "lattice": Kin("loop", "nonlinear", ("deltanet",), "slots of unit length, moved along what they lack"),
+    "gateloop": Kin("outer", "selective"),
+    "lightnet": Kin("outer", "selective"),
+    "hgrn2": Kin("outer", "selective"),
+    "rwkv6": Kin("outer", "selective"),
+    "jrt": Kin("outer", "LTI"),
+    "gated-rnn-attention": Kin("scan", "LTI"),
+    "xlstm-7b": Kin("expgate", "selective"),
+    "rwkv": Kin("expgate", "LTI"),
+    "deltanet": Kin("delta", "selective"),
+    "gated-deltanet": Kin("delta", "selective"),
+    "kimi-delta": Kin("delta", "selective"),
+    "deltaproduct": Kin("delta", "selective"),
+    "efla": Kin("delta", "selective"),
+    "rwkv7": Kin("delta", "selective"),
+    "mom": Kin("delta", "selective"),
+    "lattice": Kin("loop", "nonlinear"),
     "hippo": Kin("dense", "LTI"),
     "lssl": Kin("dense", "LTI", ("hippo",), "transition and step are trained"),
     "s4d": Kin("scan", "LTI", ("lssl",), "a diagonal complex transition"),
@@ -78,11 +76,11 @@ KIN = {
     "stablessm": Kin("scan", "LTI", ("s4d",), "weights become decays so that slow ones can be learnt"),
     "lru": Kin("scan", "LTI", ("s5",), "no continuous time: a ring of eigenvalues, and a normalised input"),
     "mamba": Kin("scan", "selective", ("s4d",), "step, input and output maps are chosen by the input"),
-    "mamba2": Kin("outer", "selective", ("mamba",), "one decay per head"),
+    "mamba2": Kin("outer", "selective"),
     "longhorn": Kin("scan", "selective", ("mamba", "deltanet"), "the closed-form minimiser of an online objective"),
     "hgrn": Kin("scan", "selective", ("lru",), "forget gates with lower bounds that rise with depth"),
     "griffin": Kin("scan", "hybrid", ("lru", "sliding-window"), "a decay raised to a gate, beside local attention"),
-    "recurrentgemma": Kin("scan", "hybrid", ("griffin",), "a fixed configuration, trained and released"),
+    "recurrentgemma": Kin("scan", "hybrid"),
     "min-lstm-gru": Kin("scan", "selective", ("hgrn",), "GRU and LSTM without what they read of their state"),
     "fixed-point-rnn": Kin("loop", "selective", ("mamba",), "a dense transition, as the fixed point of a diagonal one"),
     "warp": Kin("dense", "LTI", ("lssl",), "the state is the weights of a small network"),
@@ -90,8 +88,8 @@ KIN = {
     "smr": Kin("", "tool", ("s5",), "the input is multiplied by a short convolution of itself"),
     "ckconv": Kin("convolution", "convolution", ("lssl",), "the kernel is a small network of relative time"),
     "tcnca": Kin("convolution", "hybrid", ("ckconv", "sliding-window"), "a dilated convolution and chunked attention"),
-    "liger": Kin("outer", "hybrid", ("softmax", "gla", "sliding-window"), "gates pooled from keys of a taught model"),
-    "lizard": Kin("outer", "hybrid", ("softmax", "gla", "sliding-window"), "learnt features imitate a taught model"),
+    "liger": Kin("outer", "hybrid"),
+    "lizard": Kin("outer", "hybrid"),
     "statex": Kin("", "tool", ("gla", "mamba2"), "the state is widened after training"),
     "simba": Kin("", "tool", ("mamba",), "upper layers read fewer tokens"),
     "longmamba": Kin("", "tool", ("mamba", "mamba2"), "tokens of small steps are skipped in channels that remember"),
@@ -107,7 +105,7 @@ KIN = {
     "selective-ssm-signature": Kin("dense", "analysis", ("mamba",), "the transition follows the path's increments"),
     "ssm-generalization": Kin("", "analysis", ("mamba",), "norms that bound the error"),
 }
-"""What is known of the family by heart."""
+"""The family by heart; parents and changes only where no card tells them."""
 
 
 @dataclass(frozen=True)
