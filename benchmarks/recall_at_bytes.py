@@ -4,11 +4,12 @@
     OMP_NUM_THREADS=1 python benchmarks/recall_at_bytes.py --only gla mamba2 --bytes 8192 --dim 64 --steps 300
     python benchmarks/recall_at_bytes.py --table runs.jsonl --picture recall.png          # of what was printed before
 
-Two layers, fresh sequences in every batch: `--pairs` keys and values, a pause, then each key again. Each memory gets
-the arguments, of those in `SIZES`, with which a stack of two comes nearest to the bytes asked for. All have the same
-width, channel mixers, optimiser, rate and batches, and none a convolution: a key and its value are one token
-(unless `--apart`), so that no layer need look back to find the pair. Softmax attention, whose state grows, is there
-for comparison. A row is printed as JSON as soon as it is measured; the table at the end gives means over the seeds.
+Two layers, fresh sequences in every batch: `--pairs` keys, each bound `--times` times to a value, a pause, then each
+key again, whose latest value is the answer. Each memory gets the arguments, of those in `SIZES`, with which a stack
+of two comes nearest to the bytes asked for. All have the same width, channel mixers, optimiser, rate and batches, and
+none a convolution: a key and its value are one token (`--apart --times 1` makes them two), so that no layer need look
+back to find the pair. Softmax attention, whose state grows, is there for comparison. A row is printed as JSON as soon
+as it is measured; the table at the end gives means over the seeds.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ def entry(name: str, wanted: int, dim: int, layers: int) -> Entry:
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of each memory at each size, their seeds averaged and the extremes of accuracy told."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    """The rows of each memory at each size and number of steps, their seeds averaged, with the extremes."""
+    groups: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["wanted_bytes"], row["memory"]), []).append(row)
+        groups.setdefault((row["wanted_bytes"], row["memory"], row["steps"]), []).append(row)
     merged = []
     for group in groups.values():
         shares = [row["accuracy"] for row in group]
@@ -120,10 +121,11 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The means as a table, best first within a size."""
-    print("\n| memory | bytes | recalled | least to most | loss, bits | seeds |\n|---|---:|---:|---:|---:|---:|")
+    print("\n| memory | bytes | steps | recalled | least to most | loss, bits | seeds |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for row in sorted(means(rows), key=lambda row: (row["wanted_bytes"], -row["accuracy"])):
         spread = f"{row['least']:.2f}–{row['most']:.2f}"
-        cells = [row["memory"], f"{row['state_bytes']:,}", f"{row['accuracy']:.3f}", spread]
+        cells = [row["memory"], f"{row['state_bytes']:,}", str(row["steps"]), f"{row['accuracy']:.3f}", spread]
         print("| " + " | ".join([*cells, f"{row['loss']:.2f}", str(row["seeds"])]) + " |")
 
 
@@ -143,12 +145,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=2, help="how often each key is bound")
     parser.add_argument("--pause", type=int, default=0)
     parser.add_argument("--rate", type=float, default=7e-3)
-    parser.add_argument("--apart", action="store_true", help="a key and its value are two tokens")
+    parser.add_argument("--apart", action="store_true", help="a key and its value are two tokens (with --times 1)")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--picture", help="write this picture at the end")
     parser.add_argument("--table", type=Path, help="read rows from this file, and train nothing")
     given = parser.parse_args()
+    if given.apart and given.times != 1:
+        parser.error("--apart needs --times 1")
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     if given.table:
@@ -161,7 +165,7 @@ def main() -> None:
             if name in ONCE and wanted != given.bytes[0]:
                 continue
             (row,) = run_benchmark(task, [entry(name, wanted, given.dim, 2)], seed=seed, **how)
-            rows.append({"wanted_bytes": wanted, "seed": seed} | row)
+            rows.append({"wanted_bytes": wanted, "seed": seed, "steps": given.steps} | row)
             print(json.dumps(rows[-1]), flush=True)
     show(rows)
     if given.picture:
