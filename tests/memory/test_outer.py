@@ -26,6 +26,7 @@ from remanence.memory.lightning import LightningAttention, head_slopes, lightnin
 from remanence.memory.mamba2 import Mamba2
 from remanence.memory.recurrentgemma import RecurrentGemma
 from remanence.memory.rwkv6 import RWKV6
+from remanence.ops.taps import tap
 from remanence.state import flatten, nbytes
 
 MAKERS: dict[str, Callable[[], Memory]] = {
@@ -284,6 +285,18 @@ def test_rwkv6_is_the_loop() -> None:
     normed = F.group_norm(torch.stack(y, 1).flatten(0, 1), 4, layer.norm.weight, layer.norm.bias, eps=64e-5)
     near(layer(x)[0], layer.out(normed.view_as(x) * F.silu(layer.gate(g))))
     near(layer(x)[1]["S"], S)
+
+
+def test_rwkv6_reads_one_token_alike_whether_or_not_its_op_is_watched() -> None:
+    layer, x = made("rwkv6"), tokens(8)
+    _, state = layer(x[:, :7])
+    seen = []
+    with tap(lambda call: seen.append(call.op) or call.run()):
+        y, after = layer(x[:, 7:], state)
+    want, end = layer(x[:, 7:], state)
+    near(y, want)
+    near(after["S"], end["S"])
+    assert seen == ["linear_attention"]
 
 
 def test_rwkv6_starts_by_its_place_in_the_stack() -> None:

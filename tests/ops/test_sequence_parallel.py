@@ -88,7 +88,7 @@ def registered(name: str) -> Memory:
     return card.make(**{**card.small, "dim": 8})
 
 
-REGISTERED = ["rwkv7", "kimi-delta", "lru", "s4d", "s7", "lssl", "gsa", "xlstm-7b", "rwkv", "aaren", "mesa"]
+REGISTERED = ["rwkv7", "rwkv6", "kimi-delta", "lru", "s4d", "s7", "lssl", "gsa", "xlstm-7b", "rwkv", "aaren", "mesa"]
 EXTRA = {
     **{id: partial(registered, id) for id in REGISTERED},
     "gateloop": lambda: make("gateloop", 8),

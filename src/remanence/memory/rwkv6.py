@@ -10,6 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.ops.taps import watched
 from remanence.state import State
 
 
@@ -94,10 +95,13 @@ def read_before_write(
 ) -> tuple[Tensor, Tensor]:
     """y_t = r_tᵀ (S_{t−1} + Diag(u) k_t v_tᵀ),  S_t = Diag(exp g_t) S_{t−1} + k_t v_tᵀ.
 
-    What a token reads before it is written, the token before it reads after: the queries move up by one.
+    What a token reads before it is written, the token before it reads after: the queries are moved up by one, and the
+    first reads after an empty token. All that is read of S goes through the op, so a sequence may be split over ranks.
     Shapes: r, k, log_decay [B, H, T, K], v and y [B, H, T, V], bonus u [H, 1, K], S [B, H, K, V].
     """
-    later = torch.cat([r[:, :, 1:], torch.zeros_like(r[:, :, :1])], 2)
-    y, after = ops.linear_attention(later, k, v, log_decay, {"S": S})
-    y = torch.cat([r[:, :, :1] @ S, y[:, :, :-1]], 2)
-    return y + (r * bonus * k).sum(-1, keepdim=True) * v, after["S"]
+    present = (r * bonus * k).sum(-1, keepdim=True) * v
+    if k.shape[2] == 1 and not watched():  # one token alone is decoded in fewer operations
+        return r @ S + present, ops.linear_attention(r, k, v, log_decay, {"S": S})[1]["S"]
+    k, v, log_decay = (F.pad(x, (0, 0, 1, 0)) for x in (k, v, log_decay))  # the empty token
+    y, after = ops.linear_attention(F.pad(r, (0, 0, 0, 1)), k, v, log_decay, {"S": S})
+    return y[:, :, :-1] + present, after["S"]

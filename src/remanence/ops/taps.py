@@ -102,6 +102,11 @@ def tap(handler: Handler) -> Iterator[None]:
         _handlers.reset(token)
 
 
+def watched() -> bool:
+    """Whether calls of ops go to a handler: then nothing may be read of a state but through them."""
+    return bool(_handlers.get())
+
+
 def tapped(op: F) -> F:
     """The same op, open to `tap`."""
     signature = inspect.signature(op)
