@@ -47,54 +47,57 @@ def causal_conv(
     if T == 1 and steps.worth(x, weight, bias, tail):
         y, tail = steps.causal_conv(x, weight, bias, tail, silu)
         return y, {"tail": tail}
-    seen = torch.cat([tail, x], 1)
+    dtype = torch.promote_types(tail.dtype, x.dtype)
     if T == 1:
+        seen = torch.cat([tail, x], 1)
         now = torch.einsum("btd,dt->bd", seen, weight.to(seen.dtype))[:, None]
         now = now if bias is None else now + bias
         return (F.silu(now) if silu else now).to(x.dtype), {"tail": seen[:, 1:]}
-    b = seen.new_zeros(weight.shape[0]) if bias is None else bias.to(seen.dtype).contiguous()
-    taps = weight.to(seen.dtype).mT.contiguous()
-    run = _Compiled.apply if seen.device.type == "cpu" and T else _shifted
-    return run(seen, taps, b, silu).to(x.dtype), {"tail": seen[:, T:]}
+    b = x.new_zeros(weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype).contiguous()
+    taps = weight.to(dtype).mT.contiguous()
+    run = _Compiled.apply if x.device.type == "cpu" and T else _shifted
+    tail, seen, width = tail.to(dtype), x.to(dtype), weight.shape[1]
+    after = seen[:, T - width + 1 :].clone() if width <= T + 1 else torch.cat([tail[:, T:], seen], 1)
+    return run(tail, seen, taps, b, silu).to(x.dtype), {"tail": after}
 
 
-def _shifted(seen: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
+def _shifted(tail: Tensor, x: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
     """Sums of shifted products, in differentiable operations on any device."""
-    T = seen.shape[1] - taps.shape[0] + 1
-    y = bias + sum(seen[:, j : j + T] * tap for j, tap in enumerate(taps))
+    seen = torch.cat([tail, x], 1)
+    y = bias + sum(seen[:, j : j + x.shape[1]] * tap for j, tap in enumerate(taps))
     return F.silu(y) if silu else y
 
 
 class _Compiled(torch.autograd.Function):
-    """The same in one pass over the inputs."""
+    """The same in one pass over the inputs, which may be features of a wider tensor."""
 
     @staticmethod
-    def forward(ctx: Any, seen: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
+    def forward(ctx: Any, tail: Tensor, x: Tensor, taps: Tensor, bias: Tensor, silu: bool) -> Tensor:
         from remanence.ops import conv_kernels as kernels
-        from remanence.ops.compiled import spread_bands
+        from remanence.ops.compiled import flat, spread_bands
 
-        B, T, D = seen.shape
-        y = seen.new_empty(B, T - taps.shape[0] + 1, D)
-        spread_bands(kernels.forward, D, seen.numel(), seen, taps, bias, silu, y)
-        ctx.save_for_backward(seen, taps, bias)
+        tail, y = tail.contiguous(), x.new_empty(x.shape)
+        spread_bands(kernels.forward, x.shape[2], x.numel(), tail, *flat(x, 2), taps, bias, silu, y)
+        ctx.save_for_backward(tail, x, taps, bias)
         ctx.silu = silu
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from remanence.ops import conv_kernels as kernels
-        from remanence.ops.compiled import spread_bands
+        from remanence.ops.compiled import flat, spread_bands
 
-        seen, taps, bias = ctx.saved_tensors
+        tail, x, taps, bias = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
 
-            def plain(seen: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-                return _shifted(seen, taps, bias, ctx.silu)
+            def plain(tail: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+                return _shifted(tail, x, taps, bias, ctx.silu)
 
-            return *second_order(ctx.needs_input_grad[:3], plain, (seen, taps, bias), grads), None
-        found = torch.zeros_like(seen), torch.zeros_like(taps), torch.zeros_like(bias)
-        inputs = seen, taps, bias, ctx.silu, grads[0].contiguous()
-        spread_bands(kernels.backward, seen.shape[2], seen.numel(), *inputs, *found)
+            return *second_order(ctx.needs_input_grad[:4], plain, (tail, x, taps, bias), grads), None
+        found = torch.zeros_like(tail), x.new_zeros(x.shape), torch.zeros_like(taps), torch.zeros_like(bias)
+        inputs = tail, *flat(x, 2), taps, bias, ctx.silu, *flat(grads[0], 2)
+        outputs = found[0], *flat(found[1], 2), *found[2:]
+        spread_bands(kernels.backward, x.shape[2], x.numel(), x.shape[1], *inputs, *outputs)
         return *found, None
 
 

@@ -1,6 +1,7 @@
 """The short causal convolution compiled for the CPU: each call takes the features from `first` to `last`.
 
-`seen` is [B, width − 1 + T, D], the tail and the inputs; `taps` [width, D] are the weights by age, oldest first.
+`x` is [B, T, D] as a flat array with its strides, `tail` [B, width − 1, D] what came before; `taps` [width, D] are the
+weights by age, oldest first.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from remanence.ops.compiled import jit, sigmoid_and_silu
 
 
 @jit
-def forward(first, last, seen, taps, bias, silu, y):
+def _row(b, t, tail, x, at, first, last):
+    """The features of token t, which lies before x where t < 0."""
+    if t < 0:
+        return tail[b, tail.shape[1] + t, first:last]
+    start = b * at[0] + t * at[1]
+    return x[start + first : start + last]
+
+
+@jit
+def forward(first, last, tail, x, at, taps, bias, silu, y):
     width = taps.shape[0]
     for b in range(y.shape[0]):
         for t in range(y.shape[1]):
@@ -19,40 +29,42 @@ def forward(first, last, seen, taps, bias, silu, y):
             for d in range(last - first):
                 out[d] = bias[first + d]
             for j in range(width):
-                x, w = seen[b, t + j, first:last], taps[j, first:last]
+                seen, w = _row(b, t + j - width + 1, tail, x, at, first, last), taps[j, first:last]
                 for d in range(last - first):
-                    out[d] += w[d] * x[d]
+                    out[d] += w[d] * seen[d]
             if silu:
                 for d in range(last - first):
                     out[d] = sigmoid_and_silu(out[d])[1]
 
 
 @jit
-def backward(first, last, seen, taps, bias, silu, d_y, d_seen, d_taps, d_bias):
-    """Gradients; `d_seen`, `d_taps` and `d_bias` come as zeros."""
+def backward(first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias):
+    """Gradients; those that are sums come as zeros."""
     width, D = taps.shape[0], last - first
-    z, g = np.empty(D, seen.dtype), np.empty(D, seen.dtype)
+    z, g = np.empty(D, tail.dtype), np.empty(D, tail.dtype)
     d_b = d_bias[first:last]
-    for b in range(d_y.shape[0]):
-        for t in range(d_y.shape[1]):
-            given = d_y[b, t, first:last]
+    for b in range(tail.shape[0]):
+        for t in range(T):
+            start = b * d_y_at[0] + t * d_y_at[1]
+            given = d_y[start + first : start + last]
             for d in range(D):
                 g[d] = given[d]
             if silu:
                 for d in range(D):
                     z[d] = bias[first + d]
                 for j in range(width):
-                    x, w = seen[b, t + j, first:last], taps[j, first:last]
+                    seen, w = _row(b, t + j - width + 1, tail, x, at, first, last), taps[j, first:last]
                     for d in range(D):
-                        z[d] += w[d] * x[d]
+                        z[d] += w[d] * seen[d]
                 for d in range(D):
                     s, gated = sigmoid_and_silu(z[d])
                     g[d] *= s + gated * (1 - s)
             for d in range(D):
                 d_b[d] += g[d]
             for j in range(width):
-                x, w = seen[b, t + j, first:last], taps[j, first:last]
-                d_x, d_w = d_seen[b, t + j, first:last], d_taps[j, first:last]
+                i = t + j - width + 1
+                seen, w = _row(b, i, tail, x, at, first, last), taps[j, first:last]
+                d_seen, d_w = _row(b, i, d_tail, d_x, d_x_at, first, last), d_taps[j, first:last]
                 for d in range(D):
-                    d_x[d] += w[d] * g[d]
-                    d_w[d] += x[d] * g[d]
+                    d_seen[d] += w[d] * g[d]
+                    d_w[d] += seen[d] * g[d]
