@@ -79,8 +79,8 @@ def test_silu_at_the_ends():
 def test_normalise(weighted, gated, mean):
     x, gate = heads(V), heads(V) if gated else None
     weight = numbers(V) if weighted else None
-    want = normalise_reference(x, weight, gate, eps=1e-5, mean=mean)
-    torch.testing.assert_close(steps.normalise(x, weight, gate, 1e-5, mean), want, rtol=1e-12, atol=1e-12)
+    want = normalise_reference(x, weight, gate, eps=1e-5, mean=mean, scale=0.3)
+    torch.testing.assert_close(steps.normalise(x, weight, gate, 1e-5, mean, 0.3), want, rtol=1e-12, atol=1e-12)
 
 
 def test_scan(monkeypatch):

@@ -107,7 +107,7 @@ class GatedDeltaNet(Memory):
         q, k, v = mixed.split(self.widths, -1)
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, beta))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
-        q = l2_norm(split(q, self.heads)) * self.head_dim**-0.5
+        q = l2_norm(split(q, self.heads), scale=self.head_dim**-0.5)
         if self.value_heads > self.heads:
             q, k = (p.repeat_interleave(self.value_heads // self.heads, 1) for p in (q, k))
         g = None if self.decay is None else self.decay(x)

@@ -63,9 +63,9 @@ def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Unit vectors along the last axis; `eps` keeps the gradient at zero finite."""
-    return normalise(x, eps=eps, mean=False)
+def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
+    """Vectors of length `scale` along the last axis; `eps` keeps the gradient at zero finite."""
+    return normalise(x, eps=eps, mean=False, scale=scale)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -19,20 +19,32 @@ ROWS = 256
 
 
 def normalise_reference(
-    x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None, *, eps: float = 1e-6, mean: bool = True
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    mean: bool = True,
+    scale: float = 1.0,
 ) -> Tensor:
-    """The definition: x / √(m + eps) ⊙ weight ⊙ SiLU(gate), m the mean of squares (RMS norm) or their sum (L2)."""
+    """The definition: scale·x / √(m + eps) ⊙ weight ⊙ SiLU(gate), m the mean of squares (RMS norm) or their sum (L2)."""
     square = x.square()
-    y = x * ((square.mean(-1, keepdim=True) if mean else square.sum(-1, keepdim=True)) + eps).rsqrt()
+    y = x * (scale * ((square.mean(-1, keepdim=True) if mean else square.sum(-1, keepdim=True)) + eps).rsqrt())
     y = y if weight is None else y * weight
     return y if gate is None else y * F.silu(gate)
 
 
 @tapped
 def normalise(
-    x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None, *, eps: float = 1e-6, mean: bool = True
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    mean: bool = True,
+    scale: float = 1.0,
 ) -> Tensor:
-    """x / √(m + eps) ⊙ weight ⊙ SiLU(gate) over the last axis, in one pass.
+    """scale · x / √(m + eps) ⊙ weight ⊙ SiLU(gate) over the last axis, in one pass.
 
     m is the mean of squares (RMS norm, Zhang & Sennrich, arXiv:1910.07467, 2019) or, without `mean`, their sum (L2).
 
@@ -41,9 +53,9 @@ def normalise(
     if weight is not None and weight.shape != x.shape[-1:]:
         expect("normalise", "weight", weight, "features", features=x.shape[-1])
     if not compiled(x) and steps.worth(x, weight, gate):
-        return steps.normalise(x, weight, gate, eps, mean)
+        return steps.normalise(x, weight, gate, eps, mean, scale)
     if x.dtype != recurrent_dtype(x) or not compiled(x):
-        return normalise_reference(x, weight, gate, eps=eps, mean=mean)
+        return normalise_reference(x, weight, gate, eps=eps, mean=mean, scale=scale)
     if x.ndim != 4:
         y = normalise(
             x.reshape(1, 1, -1, x.shape[-1]),
@@ -51,24 +63,26 @@ def normalise(
             None if gate is None else gate.reshape(1, 1, -1, x.shape[-1]),
             eps=eps,
             mean=mean,
+            scale=scale,
         )
         return y.view(x.shape)
     w = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype).contiguous()
-    return _Compiled.apply(x, w, None if gate is None else gate.to(x.dtype), eps, mean)
+    share = (1 / x.shape[-1] if mean else 1.0) / scale**2  # the factor goes into the root
+    return _Compiled.apply(x, w, None if gate is None else gate.to(x.dtype), eps / scale**2, share)
 
 
 class _Compiled(torch.autograd.Function):
     """[A, B, C, width], in any order of the first three axes in memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, mean: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, share: float) -> Tensor:
         from remanence.ops import norm_kernels as kernels
         from remanence.ops.compiled import blank, flat, flat_or_none, spread
 
-        A, B, C, width = x.shape
+        A, B, C, _ = x.shape
         y, inverse = blank(x, 3), x.new_empty(A * B * C)
         inputs = *flat(x, 3), weight.detach().numpy(), gate is not None, *flat_or_none(gate, 3, x)
-        how = B, C, 1 / width if mean else 1.0, eps
+        how = B, C, share, eps
         spread(
             kernels.forward,
             -(-A * B * C // ROWS),
@@ -81,7 +95,7 @@ class _Compiled(torch.autograd.Function):
             inverse.numpy(),
         )
         ctx.save_for_backward(x, weight, gate, inverse)
-        ctx.eps, ctx.mean = eps, mean
+        ctx.eps, ctx.share = eps, share
         return y
 
     @staticmethod
@@ -93,7 +107,8 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
 
             def plain(x: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-                return normalise_reference(x, weight, gate, eps=ctx.eps, mean=ctx.mean)
+                scale = ctx.share**-0.5
+                return normalise_reference(x, weight, gate, eps=ctx.eps * scale**2, mean=False, scale=scale)
 
             return *second_order(ctx.needs_input_grad[:3], plain, (x, weight, gate), grads), None, None
         A, B, C, width = x.shape
@@ -102,6 +117,6 @@ class _Compiled(torch.autograd.Function):
         d_gate = None if gate is None else blank(gate, 3)
         inputs = *flat(x, 3), weight.detach().numpy(), gate is not None, *flat_or_none(gate, 3, x), inverse.numpy()
         outputs = *flat(d_x, 3), *flat_or_none(d_gate, 3, x), d_weights.numpy()
-        how = B, C, 1 / width if ctx.mean else 1.0
+        how = B, C, ctx.share
         spread(kernels.backward, parts, x.numel(), ROWS, A * B * C, *how, *inputs, *flat(grads[0], 3), *outputs)
         return d_x, d_weights.sum(0), d_gate, None, None

@@ -62,11 +62,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, si
     return y, after
 
 
-def normalise(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, mean: bool) -> Tensor:
+def normalise(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, mean: bool, scale: float = 1.0
+) -> Tensor:
     width = x.shape[-1]
     y = x.new_empty(x.shape)
     w, g = _maybe(weight, x, 1), _nothing(x.dtype, 2) if gate is None else _array(gate).reshape(-1, width)
-    rows, share = _array(x).reshape(-1, width), 1 / width if mean else 1.0
+    rows, share = _array(x).reshape(-1, width), (1 / width if mean else 1.0) / scale**2
+    eps = eps / scale**2
     kernels.normalise(rows, w, weight is not None, g, gate is not None, share, eps, y.numpy().reshape(-1, width))
     return y
 
