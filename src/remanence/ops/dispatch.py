@@ -46,4 +46,4 @@ def _triton_is_installed() -> bool:
         major, minor = importlib.metadata.version("triton").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
         return False
-    return (int(major), int(minor)) >= (3, 3)  # from where on kernels can be given tuples
+    return (int(major), int(minor)) >= (3, 4)  # with the compilers before it the kernels do not build

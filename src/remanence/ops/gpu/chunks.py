@@ -69,12 +69,25 @@ def dot(x, y, OPERAND: tl.constexpr):
 def log_decays(
     g, at, r, H, first, last, d, K, KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):
-    """[C, BK], or [C, 1] where decays are per head."""
+    """[C, BK], or [C] where decays are per head."""
     if KIND == PER_KEY:
-        x = take(g, at, r, H, first, last, d, K, C, BK, WIDE)
+        return tl.maximum(take(g, at, r, H, first, last, d, K, C, BK, WIDE), FLOOR)
     else:
-        x = take(g, at, r, H, first, last, 0, 1, C, 1, WIDE)
-    return tl.maximum(x, FLOOR)
+        t = (first + tl.arange(0, C)).to(tl.int64)
+        x = tl.load(g + (r // H) * at[0] + (r % H) * at[1] + t * at[2], mask=t < last, other=0)
+        return tl.maximum(x.to(WIDE), FLOOR)
+
+
+@triton.jit
+def decays(
+    g, at, r, H, first, last, d, K, REVERSE: tl.constexpr,
+    KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Of tokens from `first` up to and with each or, in REVERSE, from each: [C, BK] or [C, 1]."""
+    found = tl.exp(tl.cumsum(log_decays(g, at, r, H, first, last, d, K, KIND, C, BK, WIDE), 0, reverse=REVERSE))
+    if KIND != PER_KEY:
+        found = found[:, None]
+    return found
 
 
 @triton.jit
@@ -82,20 +95,22 @@ def from_start(
     g, at, r, H, first, last, d, K, KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr
 ):
     """The decay over tokens `first` up to and with each."""
-    return tl.exp(tl.cumsum(log_decays(g, at, r, H, first, last, d, K, KIND, C, BK, WIDE), 0))
+    return decays(g, at, r, H, first, last, d, K, False, KIND, C, BK, WIDE)
 
 
 @triton.jit
 def to_end(g, at, r, H, first, last, d, K, KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
     """The decay over the tokens after each, up to `last` or the chunk's end."""
-    last = tl.minimum(last, first + C)
-    return tl.exp(tl.cumsum(log_decays(g, at, r, H, first + 1, last, d, K, KIND, C, BK, WIDE), 0, reverse=True))
+    return decays(g, at, r, H, first + 1, tl.minimum(last, first + C), d, K, True, KIND, C, BK, WIDE)
 
 
 @triton.jit
 def whole(g, at, r, H, first, last, d, K, KIND: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
-    """The decay over a chunk, for the rows of its state: [BK, 1] or [1, 1]."""
-    return tl.exp(tl.sum(log_decays(g, at, r, H, first, last, d, K, KIND, C, BK, WIDE), 0))[:, None]
+    """The decay over a chunk, for the rows of its state: [BK, 1], or one number."""
+    found = tl.exp(tl.sum(log_decays(g, at, r, H, first, last, d, K, KIND, C, BK, WIDE), 0))
+    if KIND == PER_KEY:
+        found = found[:, None]
+    return found
 
 
 @triton.jit
@@ -103,7 +118,7 @@ def between(g, at, r, H, first, T, STRICT: tl.constexpr, KIND: tl.constexpr, C: 
     """The decay after token j up to i, for j ≤ i (j < i where STRICT), else 0: [C, C]; 1 where it is not per head."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     if KIND == PER_HEAD:
-        own = log_decays(g, at, r, H, first, T, 0, 1, KIND, C, 1, WIDE)
+        own = log_decays(g, at, r, H, first, T, 0, 1, KIND, C, 1, WIDE)[:, None]
         decay = tl.exp(tl.cumsum(tl.where(i > j, own, 0), 0))
     else:
         decay = tl.full([C, C], 1, WIDE)

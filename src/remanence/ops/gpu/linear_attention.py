@@ -186,8 +186,8 @@ def _pairs_per_key(
         for n in range(N):
             own = N - 1 - n
             t = border + own
-            key = tl.load(k_r + t * k_at[2], mask=(e < K) & (t < T), other=0)
-            a = tl.load(g_r + (t + 1) * g_at[2], mask=(e < K) & (t + 1 < T), other=0).to(WIDE)
+            key = tl.load(k_r + t * k_at[2], mask=e < tl.where(t < T, K, 0), other=0)
+            a = tl.load(g_r + (t + 1) * g_at[2], mask=e < tl.where(t + 1 < T, K, 0), other=0).to(WIDE)
             passed = tl.where(i > own, passed + tl.maximum(a, FLOOR), 0)
             column = tl.sum(qs * key * tl.exp(passed), 1)[:, None]
             found += tl.where((i >= own) & (j == border - first + own), column, 0)
@@ -225,8 +225,8 @@ def _pair_gradients(
     for n in range(N):
         own = N - 1 - n
         t = border + own
-        key = tl.load(k_r + t * k_at[2], mask=(e < K) & (t < T), other=0)
-        a = tl.load(g_r + (t + 1) * g_at[2], mask=(e < K) & (t + 1 < T), other=0).to(WIDE)
+        key = tl.load(k_r + t * k_at[2], mask=e < tl.where(t < T, K, 0), other=0)
+        a = tl.load(g_r + (t + 1) * g_at[2], mask=e < tl.where(t + 1 < T, K, 0), other=0).to(WIDE)
         passed = tl.where(i > own, passed + tl.maximum(a, FLOOR), 0)
         column = tl.sum(tl.where((j == own) & (i >= own), own_pairs, 0), 1)[:, None]
         seen = column * tl.exp(passed)

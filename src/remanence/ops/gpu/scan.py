@@ -76,8 +76,8 @@ def _backward(g, start, h, d_h, given, d_g, d_x, T, D, C: tl.constexpr, W: tl.co
         total = carried + tl.load(d_h + at, mask=d < D, other=0)
         tl.store(d_x + at, total, mask=d < D)
         carried = tl.exp(tl.maximum(log_decay, FLOOR)) * total
-        before = tl.load(start + b * D + d, mask=(d < D) & (t == 0), other=0)
-        before += tl.load(h + at - D, mask=(d < D) & (t > 0), other=0)
+        before = tl.load(start + b * D + d, mask=d < tl.where(t == 0, D, 0), other=0)
+        before += tl.load(h + at - D, mask=d < tl.where(t > 0, D, 0), other=0)
         tl.store(d_g + at, tl.where(log_decay >= FLOOR, carried * before, 0), mask=d < D)
 
 
