@@ -27,7 +27,7 @@ def normalise_reference(
     mean: bool = True,
     scale: float = 1.0,
 ) -> Tensor:
-    """The definition: scale·x / √(m + eps) ⊙ weight ⊙ SiLU(gate), m the mean of squares (RMS norm) or their sum (L2)."""
+    """The definition: scale·x / √(m + eps) ⊙ weight ⊙ SiLU(gate), m the mean of squares (RMS) or their sum (L2)."""
     square = x.square()
     y = x * (scale * ((square.mean(-1, keepdim=True) if mean else square.sum(-1, keepdim=True)) + eps).rsqrt())
     y = y if weight is None else y * weight
