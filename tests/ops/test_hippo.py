@@ -4,7 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
-from remanence.ops.hippo import hippo_matrices, legs, legs_carry, legs_read, legs_reference, legs_transitions
+from remanence.ops.hippo import (
+    _cell_by_tokens,
+    hippo_matrices,
+    legs,
+    legs_carry,
+    legs_read,
+    legs_reference,
+    legs_transitions,
+    projected_cell,
+)
 
 
 @settings(deadline=None, max_examples=20)
@@ -79,3 +88,18 @@ def test_float32(agrees_in_float32, draw):
 def test_a_wrong_shape_is_refused(draw):
     with pytest.raises(ShapeError, match="batch, time, features"):
         legs(draw(0)(3, 4), 8)
+
+
+@pytest.mark.parametrize(("B", "T", "H", "C", "N"), [(1, 2, 5, 1, 4), (3, 9, 4, 2, 3)])
+def test_the_compiled_cell_is_its_definition(B, T, H, C, N):
+    torch.manual_seed(0)
+    shapes = (B, T, 2 * H), (2 * H, H + C * N), (C, H), (C,), (B, T, N, N), (B, T, N), (B, H), (B, C, N)
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    for i in (0, 1, 2, 3, 6, 7):
+        inputs[i].requires_grad_()
+    learnt = [x for x in inputs if x.requires_grad]
+    ups = torch.randn(B, T, H, dtype=torch.float64), torch.randn(B, C, N, dtype=torch.float64)
+    got, want = projected_cell(*inputs), _cell_by_tokens(*inputs)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    found, due = (torch.autograd.grad(y, learnt, ups) for y in (got, want))
+    torch.testing.assert_close(found, due, rtol=1e-10, atol=1e-10)

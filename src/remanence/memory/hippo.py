@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
-from remanence.ops.hippo import hippo_matrices, legs_transitions
+from remanence.ops.hippo import hippo_matrices, legs_transitions, projected_cell
 from remanence.state import State
 
 TABLE = 64
@@ -28,8 +28,8 @@ class HiPPO(Memory):
     $h_t = (1 - g) ⊙ h_{t-1} + g ⊙ \tanh(W [h_{t-1}, c_{t-1}, x_t] + b)$, with the gate $g$ a sigmoid of another such
     map. `legs` weighs all of the past alike, at any length; `legt` the last `window` tokens. Both steps are exact for
     f held constant within a token (the paper's models use the bilinear step, which is poor while t < order).
-    The cell feeds on what it wrote, so training is a loop over tokens; `ops.hippo.legs` is the projection alone,
-    parallel over time.
+    The cell feeds on what it wrote, so training is a compiled loop over tokens; `ops.hippo.legs` is the projection
+    alone, parallel over time.
 
     Args:
         dim: features of input and output.
@@ -82,14 +82,14 @@ class HiPPO(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         h, c, position = state["h"], state["c"], state["position"]
-        read, write, bias = (wide(p) for p in (self.read.weight, self.write.weight, self.write.bias))
+        read, write, bias = (wide(p).to(h) for p in (self.read.weight, self.write.weight, self.write.bias))
         out = [h.new_zeros(len(h), 0, self.hidden)]
         for piece in wide(self.input(x)).split(TABLE, 1):
             A, b = (table.to(h) for table in self.transitions(position, piece.shape[1]))
-            for t in range(piece.shape[1]):
-                gate, candidate = (piece[:, t] + torch.cat([h, c.flatten(1)], 1) @ read.mT).chunk(2, -1)
-                h = torch.lerp(h, candidate.tanh(), gate.sigmoid())
-                c = c @ A[:, t].mT + (h @ write.mT + bias)[..., None] * b[:, t, None]
-                out.append(h[:, None])
+            if not piece.shape[1]:
+                continue
+            y, c = projected_cell(piece.to(h), read, write, bias, A, b, h, c)
+            h = y[:, -1]
+            out.append(y)
             position = position + piece.shape[1]
         return self.out(torch.cat(out, 1).to(x.dtype)), {"h": h, "c": c, "position": position}

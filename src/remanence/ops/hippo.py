@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import recurrent_dtype
+from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -93,6 +94,70 @@ def legs_carry(f: Tensor, order: int, position: Tensor | None = None) -> tuple[T
     end = (start + f.shape[1]).double()
     ratio = torch.where(end > 0, start / end.clamp(min=1), 1.0)
     return (_stretch(ratio, order) @ _nodes(order)[2].to(ratio)).to(c.dtype), c
+
+
+def projected_cell(
+    x: Tensor, read: Tensor, write: Tensor, bias: Tensor, A: Tensor, b: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A gated cell that reads the coefficients of what it wrote: every h_t, and the last c.
+
+    [g, u] = x_t + R [h_{t−1}, c_{t−1}];  h_t = h_{t−1} + σ(g) ⊙ (tanh u − h_{t−1});
+    c_t = A_t c_{t−1} + (W h_t + bias) b_t.
+
+    Shapes: x [B, T, 2H], T ≥ 1; `read` R [2H, H + C·N], `write` W [C, H], `bias` [C]; `A` [B, T, N, N] and `b`
+    [B, T, N], which have no gradients; h [B, H], c [B, C, N], all in one precision -> [B, T, H], [B, C, N].
+    Source: the recurrent unit of HiPPO, arXiv:2008.07669 (2020), §2.4.
+    """
+    if x.shape[1] > 1 and x.device.type == "cpu":
+        return _Cell.apply(x, read, write, bias, A, b, h, c)
+    return _cell_by_tokens(x, read, write, bias, A, b, h, c)
+
+
+def _cell_by_tokens(
+    x: Tensor, read: Tensor, write: Tensor, bias: Tensor, A: Tensor, b: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, in differentiable operations on any device."""
+    out = []
+    for t in range(x.shape[1]):
+        gate, candidate = (x[:, t] + torch.cat([h, c.flatten(1)], 1) @ read.mT).chunk(2, -1)
+        h = torch.lerp(h, candidate.tanh(), gate.sigmoid())
+        c = c @ A[:, t].mT + (h @ write.mT + bias)[..., None] * b[:, t, None]
+        out.append(h)
+    return torch.stack(out, 1), c
+
+
+class _Cell(torch.autograd.Function):
+    """The same compiled for the CPU; the gradients of the maps are single products over all tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, read: Tensor, write: Tensor, bias: Tensor, A: Tensor, b: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from remanence.ops import hippo_kernels as kernels  # here, because Numba takes half a second
+
+        (B, T, _), H = x.shape, h.shape[1]
+        end_h, end_c = (part.clone(memory_format=torch.contiguous_format) for part in (h, c))
+        out, joints, gates = x.new_empty(B, T, H), x.new_empty(T, B, read.shape[1]), x.new_empty(T, B, 2 * H)
+        inputs = (z.detach().contiguous() for z in (x, read, write, bias, A, b))
+        kernels.forward(*(z.numpy() for z in (*inputs, end_h, end_c, out, joints, gates)))
+        ctx.save_for_backward(x, read, write, bias, A, b, h, c, out, joints, gates)
+        return out, end_c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from remanence.ops import hippo_kernels as kernels
+
+        *inputs, out, joints, gates = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return second_order(ctx.needs_input_grad, _cell_by_tokens, inputs, grads)
+        _, read, write, _, A, b, h, _ = inputs
+        d_out, d_c = grads[0].contiguous(), grads[1].clone(memory_format=torch.contiguous_format)
+        d_h, d_z, d_f = h.new_zeros(h.shape), torch.empty_like(gates), gates.new_empty(*gates.shape[:2], len(write))
+        given = (z.detach().contiguous() for z in (read, write, A, b, joints, gates, d_out))
+        kernels.backward(*(z.numpy() for z in (*given, d_h, d_c, d_z, d_f)))
+        d_read = d_z.flatten(0, 1).mT @ joints.flatten(0, 1)
+        d_write = d_f.flatten(0, 1).mT @ out.transpose(0, 1).flatten(0, 1)
+        return d_z.transpose(0, 1), d_read, d_write, d_f.sum((0, 1)), None, None, d_h, d_c
 
 
 def legs_transitions(position: Tensor, count: int, order: int) -> tuple[Tensor, Tensor]:
