@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import ShapeError, expect
-from remanence.ops import dispatch
+from remanence.ops import dispatch, steps
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
@@ -53,6 +53,9 @@ def linear_attention(
     Source: Katharopoulos et al., arXiv:2006.16236 (2020); decays: Yang et al., arXiv:2312.06635 (2023).
     """
     _check("linear_attention", query, key, value, log_decay)
+    if key.shape[2] == 1 and state is not None and steps.worth(state["S"], query, key, value, log_decay):
+        y, S = steps.linear_attention(query, key, value, log_decay, state["S"])
+        return y, {"S": S}
     if not key.shape[2]:
         return linear_attention_reference(query, key, value, log_decay, state)
     dtype, (B, H, T, K) = recurrent_dtype(value), key.shape
