@@ -63,12 +63,21 @@ def _decay(g):
     return single if g == numba.types.float32 else wide
 
 
-@jit
-def sigmoid_and_silu(x):
-    """(σ(x), x σ(x))."""
-    e = decay(-abs(x))
-    s = (1 if x >= 0 else e) / (1 + e)
-    return s, s * x
+def sigmoid_and_silu(x: float) -> tuple[float, float]:
+    """(σ(x), x σ(x)), in the precision of x."""
+    raise TypeError("sigmoid_and_silu is for compiled code.")
+
+
+@overload(sigmoid_and_silu, inline="always", jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
+def _sigmoid_and_silu(x):
+    one = np.float32(1) if x == numba.types.float32 else 1.0
+
+    def run(x):
+        e = decay(-abs(x))
+        s = (one if x >= 0 else e) / (one + e)
+        return s, s * x
+
+    return run
 
 
 def gemm(sign: float, x: Any, x_turned: bool, y: Any, y_turned: bool, keep: float, out: Any) -> None:

@@ -202,10 +202,10 @@ def _seen(C, M, scores):
 
 
 @jit
-def _read(P, C, R, kind, until, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
-    """What the queries, the inputs of Z's first layer, find: the outputs Q of the first `until` layers."""
+def _read(P, C, R, kind, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
+    """What the queries, the inputs of Z's first layer, find: the outputs Q of every layer."""
     L = P.shape[0] - 1
-    for l in range(until):
+    for l in range(L):
         z, q = _at(Z, P[l, 3], C, P[l, 0]), _at(Q, P[l, 4], C, P[l, 1])
         both = _at(ZZ, R * P[l, 3], C, R * P[l, 0])
         _scaled(R, z, retain, push, both)
@@ -250,7 +250,7 @@ def _tokens(x, at, b, h, first, out):
 @jit
 def forward(
     first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
-    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, end,
+    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, seen, end,
 ):  # fmt: skip
     P = plan(widths, bias, R, C)
     L, dtype = P.shape[0] - 1, start.dtype
@@ -260,12 +260,8 @@ def forward(
     hidden, D, G, B, Q, GQ = flat[0], flat[1], flat[2], flat[3], flat[4], flat[5]
     rows = np.empty((3, C, out), dtype)
     target, error, unit = rows[0], rows[1], rows[2]
-    M, scores, E, K = (
-        np.empty((C, C), dtype),
-        np.empty((C, C), dtype),
-        np.empty((C, C + 1), dtype),
-        np.empty((C, C + 1), dtype),
-    )
+    M, scores = np.empty((C, C), dtype), np.empty((C, C), dtype)
+    E, K = np.zeros((C, C + 1), dtype), np.empty((C, C + 1), dtype)  # E stays 0 where a rule has none
     gates, kept, W = np.zeros((10, C), dtype), np.zeros(3, dtype), np.empty(start.shape[1], dtype)
     theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
         gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
@@ -307,8 +303,9 @@ def forward(
             _steps(P, C, X, D, error, asked, ceiling, bounded, theta, square, along)
             _rule(C, averages, decays, etas, A, E, K)
             _write(C, K, theta, M, F)
-            _read(P, C, R, kind, L, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
+            _read(P, C, R, kind, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
             put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
+            copy_row(Q[: P[L - 1, 4]], seen[r, c])
             _tails(C, E, theta, A, F, tails, kept)
             _carry(P, C, R, kept, M[C - 1], tails, X, D, wide, W)
         copy_row(W, end[r])
@@ -537,7 +534,7 @@ def _of_norm(scale, e, u, up, by):
 @jit
 def backward(
     first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
-    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, befores, d_y, d_y_at,
+    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, befores, seen, d_y, d_y_at,
     d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at,
     d_momentum, d_momentum_at, d_norm, d_state,
 ):  # fmt: skip
@@ -547,12 +544,12 @@ def backward(
     # of the chunks between two kept states
     Ws, Xs = np.empty((every, befores.shape[2]), dtype), np.empty((every, xs), dtype)
     flats, rows = np.empty((every, 4, ds), dtype), np.empty((every, 2, C, out), dtype)
-    rules, gatess = np.empty((every, 2, C, C + 1), dtype), np.zeros((every, 10, C), dtype)
+    rules, gatess = np.zeros((every, 2, C, C + 1), dtype), np.zeros((every, 10, C), dtype)
     Ms, inverses, kepts = np.empty((every, C, C), dtype), np.empty((every, C), dtype), np.zeros((every, 3), dtype)
 
     Z, ZZ, wide = np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
-    d_X, d_Z, flat = np.empty(xs, dtype), np.empty(xs, dtype), np.empty((6, ds), dtype)
-    Q, GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4], flat[5]
+    d_X, d_Z, flat = np.empty(xs, dtype), np.empty(xs, dtype), np.empty((5, ds), dtype)
+    GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4]
     target, d_target, d_error = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty((C, out), dtype)
     scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty((C, C), dtype)
     d_K, d_E, d_kept, d_gates = (
@@ -608,8 +605,14 @@ def backward(
             hidden, D, G, B, gates = flats[g, 0], flats[g, 1], flats[g, 2], flats[g, 3], gatess[g]
             theta, A, F, tails = gates[0], gates[1], gates[2], gates[3]
             _take(q, q_at, b, h, t, widths[0], z)
-            _read(P, C, R, kind, L - 1, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
-            _scaled(R, _at(Z, P[L - 1, 3], C, P[L - 1, 0]), A, F, _at(ZZ, R * P[L - 1, 3], C, R * P[L - 1, 0]))
+            for l in range(L):
+                layer = _at(Z, P[l, 3], C, P[l, 0])
+                _scaled(R, layer, A, F, _at(ZZ, R * P[l, 3], C, R * P[l, 0]))
+                if l < L - 1:
+                    gelu(
+                        kind, _at(seen[r, c], P[l, 4], C, P[l, 1]), _at(Z, P[l + 1, 3], C, P[l + 1, 0]),
+                        _at(GQ, P[l, 4], C, P[l, 1]),
+                    )  # fmt: skip
 
             fill(d_kept, 0.0)
             for i in range(4):

@@ -72,7 +72,7 @@ def unpacked(flat: Tensor, like: Weights, momentum: bool) -> tuple[Weights, Weig
 
 
 class _Compiled(torch.autograd.Function):
-    """A head at a time, its chunks in the cache; the weights are kept as every few chunks began."""
+    """A head at a time, its chunks in the cache; keeps the weights as every few chunks began, and what queries met."""
 
     @staticmethod
     def forward(ctx: Any, form: Form, widths: list[int], plain: Callable[..., Any], *tensors: Any) -> Any:
@@ -83,10 +83,11 @@ class _Compiled(torch.autograd.Function):
         B, H, T = query.shape[:3]
         y, end = blank(target, 3), torch.empty_like(start, memory_format=torch.contiguous_format)
         befores = start.new_empty(B * H, -(-T // (form.chunk_size * EVERY)), start.shape[2])
+        hidden = start.new_empty(B * H, T // form.chunk_size, form.chunk_size * sum(widths[1:-1]))
         arguments, work = _arguments(form, widths, tensors), query.numel() * form.chunk_size
-        outputs = *flat(y, 3), befores.numpy(), rows(end)
+        outputs = *flat(y, 3), befores.numpy(), hidden.numpy(), rows(end)
         spread_products(kernels.forward, B * H, work, *arguments, rows(start), *outputs)
-        ctx.save_for_backward(*tensors, befores)
+        ctx.save_for_backward(*tensors, befores, hidden)
         ctx.form, ctx.widths, ctx.plain = form, widths, plain
         return y, end
 
@@ -95,7 +96,7 @@ class _Compiled(torch.autograd.Function):
         from remanence.ops import fast_weight_kernels as kernels
         from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
-        *tensors, befores = ctx.saved_tensors
+        *tensors, befores, hidden = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             return None, None, None, *second_order(ctx.needs_input_grad[3:], ctx.plain, tensors, grads)
         query, norm, start = tensors[0], tensors[7], tensors[8]
@@ -106,8 +107,8 @@ class _Compiled(torch.autograd.Function):
         arguments, work = _arguments(ctx.form, ctx.widths, tensors), query.numel() * ctx.form.chunk_size
         outputs = [part for x in outs for part in flat_or_none(x, 3, query)]
         spread_products(
-            kernels.backward, B * H, work, *arguments, befores.numpy(), *flat(grads[0], 3), *outputs, rows(d_norm),
-            rows(d_start),
+            kernels.backward, B * H, work, *arguments, befores.numpy(), hidden.numpy(), *flat(grads[0], 3), *outputs,
+            rows(d_norm), rows(d_start),
         )  # fmt: skip
         return None, None, None, *outs, None if norm is None else d_norm, d_start.view_as(start)
 
