@@ -9,7 +9,7 @@ from remanence.ops import steps
 
 STEPPED = [
     "gated-deltanet", "deltanet", "kimi-delta", "gla", "linear-attention", "retnet", "mamba", "mamba2", "griffin",
-    "longhorn", "s7", "min-lstm", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
+    "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, per_head, wide, zeros
+from remanence.ops import steps
 from remanence.state import State
 
 
@@ -94,9 +95,14 @@ class Griffin(Memory):
         branch, u = self.inward(x).chunk(2, dim=-1)
         u, conv = self.conv(u, state["conv"])
         gated = u.to(x.dtype)
-        log_a = -8 * wide(self.decay_gate(gated)).sigmoid() * F.softplus(wide(self.base))
+        decay, into, rate = wide(self.decay_gate(gated)), wide(self.input_gate(gated)), F.softplus(wide(self.base))
+        if x.shape[1] == 1 and steps.worth(u, decay, into, rate, state["h"]):
+            h = steps.rg_lru(u, decay, into, rate, state["empty"], state["h"])
+            y = F.gelu(branch, approximate="tanh") * h[:, None].to(x.dtype)
+            return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": conv}
+        log_a = -8 * decay.sigmoid() * rate
         first = state["empty"][:, None] & (torch.arange(x.shape[1], device=x.device) == 0)
         scale = torch.where(first[..., None], 1.0, BoundedSqrt.apply(-torch.expm1(2 * log_a)))
-        h, after = ops.scan(log_a, scale * wide(self.input_gate(gated)).sigmoid() * u, {"h": state["h"]})
+        h, after = ops.scan(log_a, scale * into.sigmoid() * u, {"h": state["h"]})
         empty = state["empty"] & (x.shape[1] == 0)
         return self.out(F.gelu(branch, approximate="tanh") * h.to(x.dtype)), {**after, "empty": empty, "conv": conv}

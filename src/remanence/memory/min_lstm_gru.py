@@ -11,6 +11,7 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
+from remanence.ops import steps
 from remanence.state import State
 
 
@@ -51,7 +52,11 @@ class MinGRU(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        gate, candidate = wide(self.inward(x)).split([self.gates * self.width, self.width], dim=-1)
+        z = wide(self.inward(x))
+        if x.shape[1] == 1 and steps.worth(z, state["h"]):
+            h = steps.min_gru(z, self.gates, state["h"])
+            return self.out(h[:, None].to(x.dtype)), {"h": h}
+        gate, candidate = z.split([self.gates * self.width, self.width], dim=-1)
         keep, write = self.shares(gate)
         h, state = ops.scan(keep, write.exp() * positive(candidate), state)
         return self.out(h.to(x.dtype)), state

@@ -10,13 +10,13 @@ import math
 import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
-from remanence.ops.compiled import decay, jit
+from remanence.ops.compiled import decay, jit, sigmoid_and_silu
 from remanence.ops.dplr_kernels import read, write
 
 
 @jit
-def _silu(x):
-    return x / (1 + decay(-x)) if x > -60 else x * 0
+def _sigmoid(x):
+    return sigmoid_and_silu(x)[0]
 
 
 @jit
@@ -39,7 +39,7 @@ def conv(tail, x, weight, bias, biased, silu, y, after):
                 out[d] += weight[d, j] * old[d]
         if silu:
             for d in range(D):
-                out[d] = _silu(out[d])
+                out[d] = sigmoid_and_silu(out[d])[1]
         for j in range(width - 2):
             copy_row(tail[b, j + 1], after[b, j])
         if width > 1:
@@ -60,7 +60,7 @@ def normalise(x, weight, weighted, gate, gated, share, eps, y):
         if gated:
             g = gate[i]
             for d in range(row.shape[0]):
-                out[d] *= _silu(g[d])
+                out[d] *= sigmoid_and_silu(g[d])[1]
 
 
 @jit
@@ -70,6 +70,38 @@ def scan(g, b, start, h):
         a, new, before, now = g[i, 0], b[i, 0], start[i], h[i]
         for d in range(new.shape[0]):
             now[d] = decay(a[d]) * before[d] + new[d]
+
+
+@jit
+def min_gru(z, gates, start, h):
+    """z [B, 1, (gates + 1)·D]: the logits of the gates, and the candidate."""
+    D = h.shape[1]
+    for i in range(h.shape[0]):
+        row, before, now = z[i, 0], start[i], h[i]
+        first, candidate = row[:D], row[gates * D :]
+        for d in range(D):
+            now[d] = _sigmoid(first[d])
+        if gates == 2:  # the first forgets, the second writes
+            second = row[D : 2 * D]
+            for d in range(D):
+                share = _sigmoid(second[d])
+                now[d] = share / (share + now[d])
+        for d in range(D):
+            x = candidate[d]
+            new = x + 0.5 if x >= 0 else _sigmoid(x)
+            now[d] = before[d] + now[d] * (new - before[d])
+
+
+@jit
+def rg_lru(u, decay_logit, input_logit, rate, empty, start, h):
+    """u and the logits [B, 1, D]; rate [D] ≥ 0: a = exp(−8 σ(decay) rate), and h = a h + √(1 − a²) σ(input) u."""
+    for i in range(h.shape[0]):
+        new, first, second, before, now = u[i, 0], decay_logit[i, 0], input_logit[i, 0], start[i], h[i]
+        for d in range(new.shape[0]):
+            now[d] = -8 * _sigmoid(first[d]) * rate[d]
+        for d in range(new.shape[0]):
+            scale = 1.0 if empty[i] else math.sqrt(-math.expm1(2 * now[d]))
+            now[d] = decay(now[d]) * before[d] + scale * _sigmoid(second[d]) * new[d]
 
 
 @jit

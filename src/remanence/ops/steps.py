@@ -81,6 +81,21 @@ def scan(g: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return h
 
 
+def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
+    """The next h [B, D] of a GRU or LSTM whose gates see only the input: z [B, 1, (gates + 1)·D] are all logits."""
+    h = start.new_empty(start.shape)
+    kernels.min_gru(_array(z), gates, _array(start), h.numpy())
+    return h
+
+
+def rg_lru(u: Tensor, decay: Tensor, into: Tensor, rate: Tensor, empty: Tensor, start: Tensor) -> Tensor:
+    """The next h [B, D] of the gated recurrence of bounded variance: logits `decay` and `into` [B, 1, D], rate [D]."""
+    h = start.new_empty(start.shape)
+    given = _array(u), _array(decay), _array(into), _array(rate), _array(empty), _array(start)
+    kernels.rg_lru(*given, h.numpy())
+    return h
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
     y, S = v.new_empty(v.shape), start.new_empty(start.shape)
     decays = 0 if g is None else g.ndim - 2
