@@ -29,17 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from remanence.api import DEFAULT_PATTERN, SIZES, Settings, _segments
+from remanence.api import SIZES, Settings, _segments
+from remanence.catalogue import cards
 from remanence.errors import RemanenceError
 from remanence.models.counting import CountingModel
 from remanence.streams import open_source
 
 COUNTS = "counts alone"
 CANDIDATES = (
-    *(DEFAULT_PATTERN, "kimi-delta", "deltanet", "gla", "hgrn2", "retnet", "mamba2", "xlstm-7b", "rwkv6", "rwkv7"),
-    *("griffin", "hgrn", "min-lstm", "min-lstm-gru", "gsa", "mamba"),
-    *("titans", "yaad", "moneta", "memora", "dla", "omeganet", "atlas", "ttt", "ttt-mlp", "mesa", "tnt", "hope"),
-    *("self-modifying-titans", "omega-delta", "swla", "lattice"),
+    *("gated-deltanet", "kimi-delta", "deltanet", "gla", "hgrn2", "retnet", "mamba2", "xlstm-7b", "rwkv6", "rwkv7"),
+    *("griffin", "hgrn", "min-lstm-gru", "gsa", "titans", "yaad", "dla", "omeganet", "ttt", "mesa"),
 )
 
 
@@ -102,15 +101,13 @@ def table(rows: list[dict[str, Any]]) -> None:
         base = next(row for row in own if row["memory"] == COUNTS)
         fastest = math.inf
         print(f"\n`{stream}`, {base['bytes']:,} bytes\n")
-        print(
-            "| memory | bits/byte | network alone | kB per CPU s | saved per s | parameters | state, kB | peak, MB |"
-        )
+        print("| memory | bits/byte | network alone | kB per CPU s | saved per s | parameters | state, kB | peak, MB |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|")
         for row in own:
             star, seconds = " *" if row["cpu_seconds"] < fastest else "", row["cpu_seconds"]
             fastest = min(fastest, seconds)
             cells = [f"{row['memory']}{star}", f"{row['bits']:.4f}", "", f"{row['bytes'] / seconds / 1000:.2f}"]
-            if row is base:
+            if row["memory"] == COUNTS:
                 cells += ["", "", "", f"{row['peak_bytes'] / 1e6:.0f}"]
             else:
                 cells[2] = f"{row['alone']:.3f}"
@@ -130,7 +127,8 @@ def main() -> None:
         table([json.loads(line) for line in given.table.read_text().splitlines() if line.startswith("{")])
         return
     rows = []
-    # a fresh process for each row, for its peak of memory; forked, so that all was imported once
+    cards("memory")
+    # a fresh process for each row, for its peak of memory; forked, so that all has been imported once, here
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for source in given.streams:
             for memory in [COUNTS, *given.memories]:
