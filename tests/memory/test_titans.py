@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from remanence.errors import UnknownName
+from remanence.evaluation.proofs.titans import _decay, _told
+from remanence.memory.atlas import Atlas, OmegaNet
 from remanence.memory.titans import Titans, TitansMAC, TitansMAG, TitansMAL
 from remanence.state import concat, flatten, fork, nbytes, select
 
@@ -126,3 +129,61 @@ def test_wrong_sizes_are_named():
         Titans(10)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got layers=2, expand=4, chunk_size=0"):
         Titans(8, chunk_size=0)
+
+
+COMPOSED = [
+    (TitansMAG, {"inner": "atlas", "feature_dim": 2}),
+    (TitansMAL, {"inner": "omega-delta"}),
+    (TitansMAC, {"inner": "atlas", "feature_dim": 2, "persistent": 0}),
+    (TitansMAC, {"inner": "yaad"}),
+    (TitansMAC, {"inner": "swla"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), COMPOSED)
+def test_other_memories_in_the_compositions_resume(kind, changes):
+    given = {name: value for name, value in SMALL[kind].items() if name not in ("expand", "chunk_size")}
+    torch.manual_seed(0)
+    memory, x = kind(**(given | changes)).double(), draw(11)
+    want, want_state = memory(x)
+    got, got_state = run(memory, x, [1, 3, 9])
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    close(grads(memory, x, got, got_state), grads(memory, x, want, want_state))
+    other = x.detach().clone()
+    other[:, 6] += 1
+    assert torch.equal(memory(other)[0][:, :6], want[:, :6])
+
+
+def test_the_inner_memory_is_the_one_that_was_asked_for():
+    """Atlas beside a window, and the queries of what it recalls as wide as its keys before they are lifted."""
+    memory = build(TitansMAG, inner="atlas", feature_dim=3)
+    assert isinstance(memory.memory, Atlas)
+    assert memory.memory.features.features == 10
+    context = build(TitansMAC, inner="omeganet", feature_dim=3)
+    assert isinstance(context.memory, OmegaNet)
+    assert context.query.out_features == 6
+    assert context.memory.chunk_size == context.segment == 4
+    x = draw(9)
+    assert (memory(x)[0] - build(TitansMAG)(x)[0]).abs().max() > 1e-3
+    with pytest.raises(UnknownName, match="did you mean 'atlas'"):
+        build(TitansMAG, inner="atlass")
+    with pytest.raises(ValueError, match="TitansMAL: inner must be a memory that is a FastWeightMemory, got 'retnet'"):
+        build(TitansMAL, inner="retnet")
+    with pytest.raises(ValueError, match="TitansMAC: a segment is a chunk of the inner memory, and 'omega-delta' has"):
+        build(TitansMAC, inner="omega-delta")
+
+
+def test_decay_turns_to_a_map_that_has_changed():
+    assert _decay(True) <= 0.06
+    assert _decay(False) >= 0.4
+
+
+def test_noise_takes_the_place_of_the_pause_alone():
+    batch = _told(50, 3, torch.Generator().manual_seed(0))
+    noise = batch.inputs[:, 8:58]
+    assert batch.inputs.shape == (3, 62)
+    assert bool((noise >= 8).all())
+    assert noise.unique().tolist() == [8, 9, 10, 11]
+    assert bool((batch.inputs[:, :8] < 8).all())
+    assert bool((batch.targets[batch.mask] >= 4).all())

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence import ops
+from remanence import catalogue, ops
 from remanence.catalogue import card
 from remanence.errors import expect
+from remanence.memory.atlas import OmegaDelta, OmegaNet
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.fast_weight import FastWeightMemory
@@ -103,6 +104,18 @@ class _Attention(nn.Module):
         return F.pad(k[..., self.turned :], (self.turned, 0)), v
 
 
+def _network(where: str, name: str, dim: int, segment: int | None = None, **answers: Any) -> FastWeightMemory:
+    """The memory of a composition: one of the design space by its name in the catalogue."""
+    kind = catalogue.find(name, "memory").make
+    if not (isinstance(kind, type) and issubclass(kind, FastWeightMemory)):
+        raise ValueError(f"{where}: inner must be a memory that is a FastWeightMemory, got {name!r}.")
+    clock: dict[str, Any] = {} if segment is None else {"chunk_size": segment}
+    if segment is not None and issubclass(kind, OmegaDelta):
+        raise ValueError(f"{where}: a segment is a chunk of the inner memory, and {name!r} has no chunks.")
+    memory: FastWeightMemory = kind(dim, **clock, **answers)
+    return memory
+
+
 class _Primed(Memory):
     """A composition whose initial state has already read its persistent tokens.
 
@@ -143,18 +156,21 @@ class TitansMAL(_Primed):
         heads: of the memory and of the attention.
         window: tokens that the attention sees.
         persistent: learned tokens P, read before the stream.
-        memory: further arguments of `Titans`.
+        inner: what the memory is: "titans", or another `FastWeightMemory` of the catalogue ("atlas", "yaad").
+        memory: its further arguments.
 
-    Shapes: x and y [batch, time, dim]; state {"memory": that of `Titans`, "attention": that of `WindowAttention`}.
-    Raises: as `Titans` and `WindowAttention` do.
+    Shapes: x and y [batch, time, dim]; state {"memory": that of the memory, "attention": that of `WindowAttention`}.
+    Raises: as `Titans` and `WindowAttention` do; `UnknownName`, `ValueError` for `inner`.
     Source: Titans (2025), arXiv:2501.00663, section 4.3.
     """
 
-    def __init__(self, dim: int, *, heads: int = 4, window: int = 128, persistent: int = 16, **memory: Any):
+    def __init__(
+        self, dim: int, *, heads: int = 4, window: int = 128, persistent: int = 16, inner: str = "titans", **memory: Any
+    ):
         super().__init__()
         self.dim = dim
         self.persistent = nn.Parameter(torch.randn(persistent, dim))
-        self.memory = Titans(dim, heads=heads, **memory)
+        self.memory = _network("TitansMAL", inner, dim, heads=heads, **memory)
         self.attention = WindowAttention(dim, heads=heads, window=window)
 
     def blank(self, batch: int) -> State:
@@ -188,19 +204,23 @@ class TitansMAG(_Primed):
         heads: of the memory and of the attention.
         window: tokens that the attention sees beside P.
         persistent: learned tokens P.
-        memory: further arguments of `Titans`.
+        inner: what the memory is: "titans", or another `FastWeightMemory` of the catalogue ("atlas", "yaad").
+        memory: its further arguments.
 
-    Shapes: x and y [batch, time, dim]; state {"memory": that of `Titans`, "attention": {"k", "v": [batch, heads,
+    Shapes: x and y [batch, time, dim]; state {"memory": that of the memory, "attention": {"k", "v": [batch, heads,
         window - 1, dim/heads], "seen": int64 [batch]}}.
-    Raises: `ValueError` on a `dim` that is no multiple of 4·heads; `ShapeError`, `StateError` from `forward`.
+    Raises: `ValueError` on a `dim` that is no multiple of 4·heads or an `inner` that does not fit; `UnknownName` for
+        one that nothing goes by; `ShapeError`, `StateError` from `forward`.
     Source: Titans (2025), arXiv:2501.00663, section 4.2, which leaves the gate's nonlinearity open.
     """
 
-    def __init__(self, dim: int, *, heads: int = 4, window: int = 128, persistent: int = 16, **memory: Any):
+    def __init__(
+        self, dim: int, *, heads: int = 4, window: int = 128, persistent: int = 16, inner: str = "titans", **memory: Any
+    ):
         super().__init__()
         self.dim, self.window = dim, window
         self.persistent = nn.Parameter(torch.randn(persistent, dim))
-        self.memory = Titans(dim, heads=heads, **memory)
+        self.memory = _network("TitansMAG", inner, dim, heads=heads, **memory)
         self.attention = _Attention("TitansMAG", dim, heads)
         self.blend = _Blend(dim)
 
@@ -243,20 +263,25 @@ class TitansMAC(Memory):
         heads: of the memory and of the attention.
         segment: tokens per segment; the attention sees at most so many.
         persistent: learned tokens P, always visible.
-        memory: further arguments of `Titans` (but `chunk_size`, which is `segment`).
+        inner: what the memory is: "titans", or another `FastWeightMemory` of the catalogue ("atlas", "yaad").
+        memory: its further arguments (but `chunk_size`, which is `segment`).
 
-    Shapes: x and y [batch, time, dim]; state {"memory": that of `Titans`, "k" and "v": [batch, heads, segment - 1, 2,
+    Shapes: x and y [batch, time, dim]; state {"memory": that of the memory, "k" and "v": [batch, heads, segment - 1, 2,
         dim/heads], the open segment's (recalled, own) keys and values; zero where nothing was read yet}.
-    Raises: `ValueError` on a `dim` that is no multiple of 4·heads; `ShapeError`, `StateError` from `forward`.
+    Raises: `ValueError` on a `dim` that is no multiple of 4·heads or an `inner` that does not fit; `UnknownName` for
+        one that nothing goes by; `ShapeError`, `StateError` from `forward`.
     Source: Titans (2025), arXiv:2501.00663, section 4.1.
     """
 
-    def __init__(self, dim: int, *, heads: int = 4, segment: int = 64, persistent: int = 16, **memory: Any):
+    def __init__(
+        self, dim: int, *, heads: int = 4, segment: int = 64, persistent: int = 16, inner: str = "titans", **memory: Any
+    ):
         super().__init__()
         self.dim, self.segment = dim, segment
         self.persistent = nn.Parameter(torch.randn(persistent, dim))
-        self.memory = Titans(dim, heads=heads, chunk_size=segment, **memory)
-        self.query = nn.Linear(dim, dim, bias=False)
+        self.memory = _network("TitansMAC", inner, dim, segment, heads=heads, **memory)
+        keys = self.memory.widths[0] if isinstance(self.memory, OmegaNet) else dim
+        self.query = nn.Linear(dim, keys, bias=False)
         self.recalled = RMSNorm(dim, eps=1e-5)
         self.attention = _Attention("TitansMAC", dim, heads)
         self.blend = _Blend(dim)
@@ -283,7 +308,9 @@ class TitansMAC(Memory):
     def within(self, x: Tensor, state: State, phase: int) -> tuple[Tensor, State]:
         """Tokens of one segment, of which `phase` were read before."""
         start, stop = torch.full_like(state["memory"]["net"]["pos"], phase), phase + x.shape[1]
-        h = self.memory.recall(l2_norm(split(self.query(x), self.attention.heads)), state["memory"])
+        q_h = split(self.query(x), self.attention.heads)
+        q_h = self.memory.lift(q_h) if isinstance(self.memory, OmegaNet) else l2_norm(q_h)
+        h = self.memory.recall(q_h, state["memory"])
         _, k_h, v_h = self.attention.project(self.recalled(merge(h).to(x.dtype)), start)
         q, k_x, v_x = self.attention.project(x, start)
         k = torch.cat([state["k"][:, :, :phase], torch.stack([k_h, k_x], 3)], 2)
