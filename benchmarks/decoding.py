@@ -2,9 +2,10 @@
 
     python benchmarks/decoding.py [--long] [--width 512] [--threads 1] [--memory NAME ...]
 
-The last column is the ratio of the last time to the first: about 1 is flat. Each time is the least of several
-runs of one-token steps, without gradients, at batch 1; runs at different lengths take turns, so that a change of the
-machine's load does not look like a change with length.
+*Products* is the time of the layer's own vector-matrix products alone, one after another, and × how many times as
+long the first step takes. *Last / first* is the ratio of the last time to the first: about 1 is flat. Each time is the
+least of several runs of one-token steps, without gradients, at batch 1; runs at different lengths take turns, so that a
+change of the machine's load does not look like a change with length.
 """
 
 from __future__ import annotations
@@ -38,6 +39,30 @@ def microseconds(memory: Memory, state: State, steps: int) -> float:
     return (time.perf_counter() - begun) / steps * 1e6
 
 
+Maps = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def products(memory: Memory) -> Maps:
+    """The layer's matrices that every token meets, each with a vector for it; those of blocks are [blocks, in, out]."""
+    maps = {id(m.weight): m.weight for m in memory.modules() if isinstance(m, torch.nn.Linear)}
+    maps |= {id(p): p for p in memory.parameters() if p.ndim in (2, 3) and min(p.shape[-2:]) >= 32}
+    return [
+        (w.detach(), torch.randn(1, w.shape[1]) if w.ndim == 2 else w.new_ones(w.shape[0], 1, w.shape[1]))
+        for w in maps.values()
+    ]
+
+
+def microseconds_of(maps: Maps, runs: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(runs):
+        for weight, vector in maps:
+            if weight.ndim == 2:
+                torch.nn.functional.linear(vector, weight)
+            else:
+                torch.bmm(vector, weight)
+    return (time.perf_counter() - begun) / runs * 1e6
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--long", action="store_true", help="read up to a million tokens")
@@ -50,8 +75,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
     marks = [0, 1_000, 100_000] + [1_000_000] * given.long
-    print("| memory | " + " | ".join(f"µs at {n:,}" for n in marks) + " | last / first | state bytes |")
-    print("|---|" + "--:|" * (len(marks) + 2))
+    print("| memory | " + " | ".join(f"µs at {n:,}" for n in marks) + " | products | × | last / first | state bytes |")
+    print("|---|" + "--:|" * (len(marks) + 4))
     for name in given.memory:
         torch.manual_seed(0)
         memory = make(name, given.width)
@@ -60,10 +85,16 @@ def main() -> None:
         for before, mark in itertools.pairwise(marks):
             states.append(read(memory, states[-1], mark - before, source))
         microseconds(memory, states[0], 5)
-        runs = [[microseconds(memory, s, given.steps) for s in states] for _ in range(given.repeats)]
-        times = [min(column) for column in zip(*runs, strict=True)]
+        maps = products(memory)
+        microseconds_of(maps, 5)
+        runs = [
+            [*(microseconds(memory, s, given.steps) for s in states), microseconds_of(maps, given.steps)]
+            for _ in range(given.repeats)
+        ]
+        *times, alone = [min(column) for column in zip(*runs, strict=True)]
         sizes = sorted({nbytes(s) for s in states})
-        cells = [f"{t:.0f}" for t in times] + [f"{times[-1] / times[0]:.2f}", " to ".join(f"{n:,}" for n in sizes)]
+        cells = [f"{t:.0f}" for t in (*times, alone)] + [f"{times[0] / alone:.1f}" if maps else "–"]
+        cells += [f"{times[-1] / times[0]:.2f}", " to ".join(f"{n:,}" for n in sizes)]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
