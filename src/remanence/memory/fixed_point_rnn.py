@@ -40,7 +40,9 @@ class Mixer(nn.Module):
         seen = torch.cat([x, before], -1)
         u = F.linear(seen, wide(self.u.weight)).unflatten(-1, (self.rank, -1))
         alpha = F.linear(seen, wide(self.alpha.weight), wide(self.alpha.bias)).sigmoid()
-        U, twice = F.normalize(F.silu(u), dim=-1, eps=1e-5), torch.diag_embed(2 * self.most * alpha)
+        # a hair below `most`, which a float32 sigmoid may reach, and at which the transition may be singular
+        alpha = self.most * (1 - 1e-6) * alpha
+        U, twice = F.normalize(F.silu(u), dim=-1, eps=1e-5), torch.diag_embed(2 * alpha)
         if self.rank == 1 or self.kind == "dplr":
             return U, twice
         after = twice @ (U @ U.mT).tril(-1)  # a later factor acts on what the earlier ones left
