@@ -233,7 +233,7 @@ def test_a_mixer_is_the_product_or_sum_of_reflections(kind: str) -> None:
         on = want if kind == "householder" else v
         along = 2 * alpha[..., r, None] * (U[..., r, :] * on).sum(-1, keepdim=True)
         want = want - along * U[..., r, :]
-    torch.testing.assert_close(mixed((U, K), v), want)
+    torch.testing.assert_close(mixed((U, K), v), want, rtol=1e-5, atol=1e-5)  # α stays a millionth below its most
 
 
 @pytest.mark.parametrize("arguments", [{}, {"rank": 2}, {"rank": 2, "mixer": "dplr"}])
