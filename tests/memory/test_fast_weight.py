@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import RemanenceError, UnknownName
+from remanence.memory import make
 from remanence.memory.base import ragged
 from remanence.memory.fast_weight import OPTIMIZERS, ROWS, STRUCTURES, FastWeightMemory
 from remanence.memory.miras import Memora, Moneta, Yaad
@@ -212,3 +213,12 @@ def test_the_dot_product_outgrows_no_decay(answers):
         most = torch.maximum(first[name].norm(dim=(2, 3)), torch.tensor(0.5 * W.shape[2] ** 0.5))
         assert (W.norm(dim=(2, 3)) <= 1.001 * most).all()
     assert y.isfinite().all()
+
+
+def test_moneta_reads_on_where_its_sums_have_decayed():
+    torch.manual_seed(0)
+    memory = make("moneta", 32)
+    with torch.no_grad():
+        y = memory(torch.randn(1, 6000, 32))[0]
+    assert y.isfinite().all()
+    assert y[:, -1000:].abs().max() < 4 * y[:, :1000].abs().max()

@@ -27,11 +27,14 @@ class Lq:
     """ℓq stability. form "printed": W = A / ‖A‖_q^{q−2}, a frozen factor; form "mirror": W = sign(A)|A|^{q−1} /
     ‖A‖_q^{q−2}, the textbook link. Norms are over a whole matrix.
 
-    As printed ‖W‖_q = ‖A‖_q^{3−q}: with q = 4 a larger sum gives a smaller memory. Both are the identity for q = 2.
+    As printed ‖W‖_q = ‖A‖_q^{3−q}: with q = 4 a larger sum gives a smaller memory, and one that decays a larger: a step
+    that is to make the weights smaller makes them larger, without end. So norms below `floor` count as `floor`, and
+    ‖W‖_q stays below floor^{3−q}. Both forms are the identity for q = 2.
     """
 
     q: float = 4.0
     form: str = "printed"
+    floor: float = 0.1
 
     def __post_init__(self) -> None:
         if self.form not in ("printed", "mirror") or not self.q >= 2 or (self.q == 3 and self.form == "printed"):
@@ -39,13 +42,16 @@ class Lq:
                 "Lq: q must be at least 2 (and as printed not 3, where no sum gives weights of most norms) "
                 f"and form 'printed' or 'mirror', got q={self.q}, form={self.form!r}."
             )
+        if not self.floor >= 0:
+            raise ValueError(f"Lq: floor must be at least 0, got {self.floor}.")
 
     @property
     def frozen(self) -> bool:
         return self.form == "printed"
 
     def factor(self, A: Tensor) -> Tensor:
-        return _size(A, self.q).pow(2 - self.q)
+        size = _size(A, self.q)
+        return (size.clamp(min=self.floor) if self.frozen else size).pow(2 - self.q)
 
     def link(self, A: Tensor) -> Tensor:
         power = A if self.form == "printed" else A.sign() * (A.abs() + 1e-12).pow(self.q - 1)
