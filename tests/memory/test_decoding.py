@@ -10,6 +10,7 @@ from remanence.ops import steps
 STEPPED = [
     "gated-deltanet", "deltanet", "kimi-delta", "gla", "linear-attention", "retnet", "mamba", "mamba2", "griffin",
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
+    "titans", "ttt", "ttt-mlp",
 ]  # fmt: skip
 
 
@@ -18,6 +19,8 @@ VARIANTS = [
     ("gated-deltanet", {"negative": True, "gate": False}),
     ("gated-deltanet", {"writes": 2}),
     ("mamba", {"norm_eps": 1e-5}),
+    ("titans", {"momentum": False, "layers": 3}),
+    ("titans", {"bound": None, "residual": False}),
 ]
 
 

@@ -471,7 +471,9 @@ def fast_weight(
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
     simple = retention is None and window is None and second_log is None and read == "after" and not gated
     simple = simple and not (exact or nonlinear) and type(objective) is Squared
-    fused = simple and coefficients is momentum_coefficients and compiled(query)
+    simple = simple and coefficients is momentum_coefficients
+    fused = simple and compiled(query)
+    single = simple and norm is None and query.shape[2] == 1 and not torch.is_grad_enabled()
 
     def piece(
         x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
@@ -548,7 +550,9 @@ def fast_weight(
             seen = {i: torch.cat([past[i], part[i]], 2) if i in past else part[i] for i in SEEN if i in part}
             past = {i: seen[i][:, :, n:] for i in past}
             arguments = (part, seen, state["pos"] + at, anchor, W, S)
-            if fused and not phase and n >= chunk_size:
+            if single:
+                out, W, S = _token(part, anchor, W, S, residual, None if bound is None else bound / chunk_size)
+            elif fused and not phase and n >= chunk_size:
                 if remake and torch.is_grad_enabled():
                     out, W, S = checkpoint(whole, part, W, S, use_reentrant=False, preserve_rng_state=False)
                 else:
@@ -572,6 +576,43 @@ def fast_weight(
         return value, state
     y, state = by_phase(run, list(inputs.values()), state, state["pos"], chunk_size)
     return y.to(dtype), state
+
+
+def _token(
+    x: dict[str, Tensor], anchor: Weights, W: Weights, S: Weights | None, residual: bool, bound: float | None
+) -> tuple[Tensor, Weights, Weights | None]:
+    """One token of the plain rule, without gradients, in as few operations as it takes."""
+    shape = x["query"].shape
+    flat = {name: t.flatten(0, 1) for name, t in x.items()}
+    q, k, v, theta = (flat[name] for name in ("query", "key", "value", "step"))
+    fixed = [A.flatten(0, 1) for A in anchor]
+    inputs, hidden = [k], []
+    for A in fixed[:-1]:
+        hidden.append(torch.bmm(inputs[-1], A.mT))
+        inputs.append(F.gelu(hidden[-1]))
+    target = v - k if residual else v
+    deltas = [torch.baddbmm(target, inputs[-1], fixed[-1].mT, beta=-1)]
+    for A, h in zip(reversed(fixed[1:]), reversed(hidden), strict=True):
+        deltas.append(torch.ops.aten.gelu_backward(torch.bmm(deltas[-1], A), h))
+    deltas.reverse()
+    eta_log = flat.get("momentum_log")
+    if bound is not None:
+        parts = [_square(i) * _square(d) for i, d in zip(inputs, deltas, strict=True)]
+        most = bound * _square(deltas[-1]) / (sum(parts[1:], parts[0]) + 1e-12)
+        theta = torch.minimum(theta, most if eta_log is None else -torch.expm1(eta_log) * most)
+    theta, a = theta[..., None], flat["retain_log"].exp()[..., None]
+    after, pushed, z = [], [], q
+    for i, (each, delta, inner) in enumerate(zip(W, deltas, inputs, strict=True)):
+        step = torch.bmm((delta * -theta).mT, inner)
+        if S is not None:
+            assert eta_log is not None
+            step = step.addcmul_(S[i].flatten(0, 1), eta_log.exp()[..., None])
+            pushed.append(step.view_as(S[i]))
+        weight = torch.addcmul(step, each.flatten(0, 1), a)
+        after.append(weight.view_as(each))
+        z = torch.bmm(F.gelu(z) if i else z, weight.mT)
+    y = (q + z if residual else z).view(*shape[:3], -1)
+    return y, after, None if S is None else pushed
 
 
 TOGETHER = 64
