@@ -34,7 +34,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "default": {"dim": 128, "counts": "default", "segment": 64},
     "small": {"dim": 32, "counts": "small", "segment": 256},
 }
-DEFAULT_PATTERN = "gated-deltanet"
+DEFAULT_PATTERN = "griffin"
 PROBE_BYTES, PROBE_DOMAINS = 4096, 12  # how much held-back text the retention curve reads
 
 
