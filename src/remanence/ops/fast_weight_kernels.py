@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.chunk_kernels import copy_row, dot, fill, put, take, total
+from remanence.ops.chunk_kernels import copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
 from remanence.ops.compiled import gemm, jit, summing
 from remanence.ops.gelu_kernels import bend, gelu
 
@@ -26,7 +26,7 @@ EPS = 1e-6
 
 @jit
 def _at(buffer, offset, rows, columns):
-    return buffer[offset : offset + rows * columns].reshape(rows, columns)
+    return matrix(buffer[offset:], rows, columns)
 
 
 @jit
@@ -100,11 +100,7 @@ def _inner(P, C, kind, norm, W, target, X, H, D, G, B, unit, inverse, error):
         b, slope = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
         w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
         gemm(1.0, _at(D, P[l, 4], C, P[l, 1]), False, w[:, : P[l - 1, 1]], False, 0.0, b)
-        earlier = _at(D, P[l - 1, 4], C, P[l - 1, 1])
-        for i in range(C):
-            from_, by, to = b[i], slope[i], earlier[i]
-            for d in range(to.shape[0]):
-                to[d] = from_[d] * by[d]
+        multiply(b, slope, _at(D, P[l - 1, 4], C, P[l - 1, 1]))
 
 
 @jit
@@ -194,14 +190,6 @@ def _scaled(R, x, first, second, out):
 
 
 @jit
-def _seen(C, M, scores):
-    for t in range(C):
-        by, row = M[t], scores[t]
-        for i in range(C):
-            row[i] *= by[i]
-
-
-@jit
 def _read(P, C, R, kind, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
     """What the queries, the inputs of Z's first layer, find: the outputs Q of every layer."""
     L = P.shape[0] - 1
@@ -211,7 +199,7 @@ def _read(P, C, R, kind, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
         _scaled(R, z, retain, push, both)
         gemm(1.0, both, False, _at(W, P[l, 2], P[l, 1], R * P[l, 0]), True, 0.0, q)
         gemm(1.0, z, False, _at(X, P[l, 3], C, P[l, 0]), True, 0.0, scores)
-        _seen(C, M, scores)
+        multiply(scores, M, scores)
         gemm(-1.0, scores, False, _at(D, P[l, 4], C, P[l, 1]), False, 1.0, q)
         if l < L - 1:
             gelu(kind, q, _at(Z, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
@@ -248,6 +236,37 @@ def _tokens(x, at, b, h, first, out):
 
 
 @jit
+def _learn(
+    P, C, R, kind, bounded, averages, norm, b, h, t, k, k_at, v, v_at, step, step_at, most, most_at, given, given_at,
+    momentum, momentum_at, width, target, W, X, flat, rows, inverse, rules, gates, M, kept,
+):  # fmt: skip
+    """What the tokens of a chunk write, and all that makes it.
+
+    `flat`: H, D, G, B of `_inner`; `rows`: its error and unit; `rules`: E and K; `gates`: θ, A, F, s, then what was
+    asked for; `kept`: A, F and the momentum's own decay at the last token.
+    """
+    theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
+        gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
+    )  # fmt: skip
+    _take(k, k_at, b, h, t, width, _at(X, 0, C, P[0, 0]))
+    take(target, v, v_at, b, h, t)
+    _tokens(step, step_at, b, h, t, asked)
+    _tokens(given, given_at, b, h, t, decays)
+    if bounded:
+        _tokens(most, most_at, b, h, t, ceiling)
+    if R == 2:
+        _tokens(momentum, momentum_at, b, h, t, etas)
+    _inner(P, C, kind, norm, W, target, X, flat[0], flat[1], flat[2], flat[3], rows[1], inverse, rows[0])
+    _steps(P, C, X, flat[1], rows[0], asked, ceiling, bounded, theta, square, along)
+    _rule(C, averages, decays, etas, A, rules[0], rules[1])
+    _write(C, rules[1], theta, M, F)
+    last = rules[0, C - 1]
+    for i in range(C):
+        tails[i] = last[1 + i] * theta[i]
+    kept[0], kept[1], kept[2] = A[C - 1], F[C - 1], last[0]
+
+
+@jit
 def forward(
     first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
     step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, seen, end,
@@ -256,20 +275,15 @@ def forward(
     L, dtype = P.shape[0] - 1, start.dtype
     xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
     X, Z, ZZ, wide = np.empty(xs, dtype), np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
-    flat = np.empty((6, ds), dtype)
-    hidden, D, G, B, Q, GQ = flat[0], flat[1], flat[2], flat[3], flat[4], flat[5]
-    rows = np.empty((3, C, out), dtype)
-    target, error, unit = rows[0], rows[1], rows[2]
-    M, scores = np.empty((C, C), dtype), np.empty((C, C), dtype)
-    E, K = np.zeros((C, C + 1), dtype), np.empty((C, C + 1), dtype)  # E stays 0 where a rule has none
+    flat, rows, target = np.empty((6, ds), dtype), np.empty((2, C, out), dtype), np.empty((C, out), dtype)
+    D, Q, GQ = flat[1], flat[4], flat[5]
+    M, scores, inverse = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty(C, dtype)
+    rules = np.zeros((2, C, C + 1), dtype)  # E stays 0 where a rule has none
     gates, kept, W = np.zeros((10, C), dtype), np.zeros(3, dtype), np.empty(start.shape[1], dtype)
-    theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
-        gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
-    )  # fmt: skip
-    inverse = np.empty(C, dtype)
+    A, F, tails = gates[1], gates[2], gates[3]
     _ones(P, C, X)
     _ones(P, C, Z)
-    x, z = _at(X, 0, C, P[0, 0]), _at(Z, 0, C, P[0, 0])
+    z = _at(Z, 0, C, P[0, 0])
     for r in range(first, last):
         b, h = r // H, r % H
         copy_row(start[r], W)
@@ -277,76 +291,17 @@ def forward(
             t = c * C
             if c % every == 0:
                 copy_row(W, befores[r, c // every])
-            _take(k, k_at, b, h, t, widths[0], x)
+            _learn(
+                P, C, R, kind, bounded, averages, norm[r], b, h, t, k, k_at, v, v_at, step, step_at, most, most_at,
+                given, given_at, momentum, momentum_at, widths[0], target, W, X, flat, rows, inverse, rules, gates, M,
+                kept,
+            )  # fmt: skip
             _take(q, q_at, b, h, t, widths[0], z)
-            take(target, v, v_at, b, h, t)
-            _gates(
-                bounded,
-                R,
-                step,
-                step_at,
-                most,
-                most_at,
-                given,
-                given_at,
-                momentum,
-                momentum_at,
-                b,
-                h,
-                t,
-                asked,
-                ceiling,
-                decays,
-                etas,
-            )
-            _inner(P, C, kind, norm[r], W, target, X, hidden, D, G, B, unit, inverse, error)
-            _steps(P, C, X, D, error, asked, ceiling, bounded, theta, square, along)
-            _rule(C, averages, decays, etas, A, E, K)
-            _write(C, K, theta, M, F)
             _read(P, C, R, kind, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
             put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
             copy_row(Q[: P[L - 1, 4]], seen[r, c])
-            _tails(C, E, theta, A, F, tails, kept)
             _carry(P, C, R, kept, M[C - 1], tails, X, D, wide, W)
         copy_row(W, end[r])
-
-
-@jit
-def _gates(
-    bounded,
-    R,
-    step,
-    step_at,
-    most,
-    most_at,
-    given,
-    given_at,
-    momentum,
-    momentum_at,
-    b,
-    h,
-    t,
-    asked,
-    ceiling,
-    decays,
-    etas,
-):
-    """A chunk's gates."""
-    _tokens(step, step_at, b, h, t, asked)
-    _tokens(given, given_at, b, h, t, decays)
-    if bounded:
-        _tokens(most, most_at, b, h, t, ceiling)
-    if R == 2:
-        _tokens(momentum, momentum_at, b, h, t, etas)
-
-
-@jit
-def _tails(C, E, theta, A, F, tails, kept):
-    """What `_carry` needs to know of a chunk's last token: s, and A, F and the momentum's own decay."""
-    last = E[C - 1, 1:]
-    for i in range(C):
-        tails[i] = last[i] * theta[i]
-    kept[0], kept[1], kept[2] = A[C - 1], F[C - 1], E[C - 1, 0]
 
 
 @jit
@@ -427,11 +382,7 @@ def _read_backward(
         gemm(-1.0, rates, True, z, False, 1.0, _at(d_X, P[l, 3], C, width))
         gemm(-1.0, scores, True, d_q, False, 1.0, _at(d_D, P[l, 4], C, P[l, 1]))
         if l:
-            earlier, slope = _at(d_Q, P[l - 1, 4], C, P[l - 1, 1]), _at(GQ, P[l - 1, 4], C, P[l - 1, 1])
-            for i in range(C):
-                to, from_, by = earlier[i], d_z[i], slope[i]
-                for d in range(to.shape[0]):
-                    to[d] = from_[d] * by[d]
+            multiply(d_z, _at(GQ, P[l - 1, 4], C, P[l - 1, 1]), _at(d_Q, P[l - 1, 4], C, P[l - 1, 1]))
 
 
 @jit
@@ -510,11 +461,7 @@ def _inner_backward(
         gemm(1.0, d_h, True, x, False, 1.0, d_w[:, : P[l, 0]])
         gemm(1.0, d_h, False, w[:, : P[l, 0]], False, 1.0, d_x)
         if l:
-            earlier, slope = _at(d_H, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
-            for i in range(C):
-                to, from_, by = earlier[i], d_x[i], slope[i]
-                for d in range(to.shape[0]):
-                    to[d] += from_[d] * by[d]
+            multiply_add(d_x, _at(G, P[l - 1, 4], C, P[l - 1, 1]), _at(d_H, P[l - 1, 4], C, P[l - 1, 1]))
 
 
 @summing
@@ -552,12 +499,8 @@ def backward(
     GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4]
     target, d_target, d_error = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty((C, out), dtype)
     scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty((C, C), dtype)
-    d_K, d_E, d_kept, d_gates = (
-        np.empty((C, C + 1), dtype),
-        np.empty(C + 1, dtype),
-        np.zeros(3, dtype),
-        np.zeros((8, C), dtype),
-    )
+    d_K, d_E = np.empty((C, C + 1), dtype), np.empty(C + 1, dtype)
+    d_kept, d_gates = np.zeros(3, dtype), np.zeros((8, C), dtype)
     d_theta, d_A, d_F, d_tails, d_asked, d_ceiling, d_decays, d_etas = (
         d_gates[0], d_gates[1], d_gates[2], d_gates[3], d_gates[4], d_gates[5], d_gates[6], d_gates[7],
     )  # fmt: skip
@@ -572,36 +515,20 @@ def backward(
             if c % every == every - 1 or c == chunks - 1:
                 copy_row(befores[r, c // every], Ws[0])
                 for g in range(c % every + 1):
-                    t, W, X = (c // every * every + g) * C, Ws[g], Xs[g]
-                    gates, D, error = gatess[g], flats[g, 1], rows[g, 0]
-                    _take(k, k_at, b, h, t, widths[0], _at(X, 0, C, P[0, 0]))
-                    take(target, v, v_at, b, h, t)
-                    _gates(
-                        bounded, R, step, step_at, most, most_at, given, given_at, momentum, momentum_at, b, h, t,
-                        gates[4], gates[5], gates[8], gates[9],
+                    t = (c // every * every + g) * C
+                    _learn(
+                        P, C, R, kind, bounded, averages, norm[r], b, h, t, k, k_at, v, v_at, step, step_at, most,
+                        most_at, given, given_at, momentum, momentum_at, widths[0], target, Ws[g], Xs[g], flats[g],
+                        rows[g], inverses[g], rules[g], gatess[g], Ms[g], kepts[g],
                     )  # fmt: skip
-                    _inner(
-                        P, C, kind, norm[r], W, target, X, flats[g, 0], D, flats[g, 2], flats[g, 3], rows[g, 1],
-                        inverses[g], error,
-                    )  # fmt: skip
-                    _steps(P, C, X, D, error, gates[4], gates[5], bounded, gates[0], gates[6], gates[7])
-                    _rule(C, averages, gates[8], gates[9], gates[1], rules[g, 0], rules[g, 1])
-                    _write(C, rules[g, 1], gates[0], Ms[g], gates[2])
-                    _tails(C, rules[g, 0], gates[0], gates[1], gates[2], gates[3], kepts[g])
                     if g < c % every:
-                        copy_row(W, Ws[g + 1])
-                        _carry(P, C, R, kepts[g], Ms[g, C - 1], gates[3], X, D, wide, Ws[g + 1])
+                        copy_row(Ws[g], Ws[g + 1])
+                        _carry(
+                            P, C, R, kepts[g], Ms[g, C - 1], gatess[g, 3], Xs[g], flats[g, 1], wide, Ws[g + 1]
+                        )  # fmt: skip
             g, t = c % every, c * C
-            W, X, M, E, K, unit, inverse, error = (
-                Ws[g],
-                Xs[g],
-                Ms[g],
-                rules[g, 0],
-                rules[g, 1],
-                rows[g, 1],
-                inverses[g],
-                rows[g, 0],
-            )
+            W, X, M, E, K = Ws[g], Xs[g], Ms[g], rules[g, 0], rules[g, 1]
+            error, unit, inverse = rows[g, 0], rows[g, 1], inverses[g]
             hidden, D, G, B, gates = flats[g, 0], flats[g, 1], flats[g, 2], flats[g, 3], gatess[g]
             theta, A, F, tails = gates[0], gates[1], gates[2], gates[3]
             _take(q, q_at, b, h, t, widths[0], z)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from remanence.ops.decay import second_order
-
-Weights = list[Tensor]
+from remanence.ops.inner_network import Weights
 
 
 class Form(NamedTuple):
