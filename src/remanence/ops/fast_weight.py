@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +37,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import ShapeError, StateError, expect
-from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype
+from remanence.ops.chunk_rule import (
+    Coefficients,
+    after_chunk,
+    banded,
+    momentum_coefficients,
+    shifted,
+    times,
+    window_band,
+)
+from remanence.ops.decay import floored, recurrent_dtype
 from remanence.ops.dispatch import compiled
 from remanence.ops.inner_network import (
     Affine,
@@ -53,78 +61,16 @@ from remanence.ops.objectives import Objective, Squared
 from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
 from remanence.ops.retention import Retention
 from remanence.ops.taps import tapped
+from remanence.ops.token_weights import token_weights
 from remanence.ops.whole_chunks import Form, unpacked, whole_chunks
 from remanence.state import State
 
 READS = ("after", "before", "anchor")
 
 
-class Second(NamedTuple):
-    """What momentum of the second order adds: S² sums S¹, and W sums S².
-
-    `push` [B, H, C]: the earlier S² in W_t. `tail` [B, H, C]: −u_i in the last S². `keep` and `mix` [B, H]: the earlier
-    S² and S¹ in the last S².
-    """
-
-    push: Tensor
-    tail: Tensor
-    keep: Tensor
-    mix: Tensor
-
-
-class Coefficients(NamedTuple):
-    """How the C tokens of a chunk (or of a piece of one) enter the memory: all that tells one rule from another.
-
-    `write` K [B, H, C, C]: −u_i in W_t. `retain` A [B, H, C] and `push` F [B, H, C]: the earlier W and S in W_t.
-    `tail` [B, H, C]: −u_i in the last S. `keep` [B, H]: the earlier S in the last S. Without momentum the last
-    three are None.
-    """
-
-    write: Tensor
-    retain: Tensor
-    push: Tensor | None = None
-    tail: Tensor | None = None
-    keep: Tensor | None = None
-    second: Second | None = None
-
-
-def momentum_coefficients(
-    step: Tensor, retain_log: Tensor, momentum_log: Tensor | None, second_log: Tensor | None = None
-) -> Coefficients:
-    """K = D(a) D(η) diag(θ), F = D(a) E; with no momentum K = D(a) diag(θ); with a second, one more D.
-
-    All arguments are [B, H, C].
-    """
-    G = cumulative(retain_log, -1)
-    decay, retain = lower_decay(G, step.dtype), G.exp().to(step.dtype)
-    if momentum_log is None:
-        return Coefficients(decay * step[..., None, :], retain)
-    E = cumulative(momentum_log, -1)
-    kept, pushes = E.exp().to(step.dtype), lower_decay(E, step.dtype) * step[..., None, :]
-    tail, second = pushes[..., -1, :], None
-    if second_log is not None:
-        E2 = cumulative(second_log, -1)
-        D2, kept2 = lower_decay(E2, step.dtype), E2.exp().to(step.dtype)
-        pushes, mixed = D2 @ pushes, _times(D2, kept)
-        second = Second(_times(decay, kept2), pushes[..., -1, :], kept2[..., -1], mixed[..., -1])
-        return Coefficients(decay @ pushes, retain, _times(decay, mixed), tail, kept[..., -1], second)
-    return Coefficients(decay @ pushes, retain, _times(decay, kept), tail, kept[..., -1])
-
-
-def _times(M: Tensor, x: Tensor) -> Tensor:
-    return (M @ x[..., None])[..., 0]
-
-
 def _scaled(z: Tensor, W: Tensor, rows: Tensor) -> Tensor:
     """diag(rows) z W, scaling whichever side is narrower."""
     return (z * rows[..., None]) @ W if W.shape[-2] < W.shape[-1] else (z @ W) * rows[..., None]
-
-
-def _outer(delta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Σ_i rows_i δ_i x_iᵀ, scaling whichever side is narrower."""
-    if x.shape[-1] < delta.shape[-1]:
-        return delta.mT @ (x * rows[..., None])
-    return (delta * rows[..., None]).mT @ x
 
 
 def fast_weight_chunk(
@@ -160,95 +106,7 @@ def fast_weight_chunk(
         return y if factors is None else y * factors[i]
 
     y = network(query, linear, layers, residual, gated, norm)
-    return y, *_last(inputs, deltas, weights, momentum, c)
-
-
-def _last(
-    inputs: Weights, deltas: Weights, weights: Weights, momentum: Weights | None, c: Coefficients
-) -> tuple[Weights, Weights | None]:
-    """The weights and the momentum after a chunk's last token."""
-    after, pushed, pushed2 = [], [], []
-    for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
-        last = c.retain[..., -1, None, None] * W - _outer(delta, x, c.write[..., -1, :])
-        if momentum is not None:
-            assert c.push is not None
-            assert c.tail is not None
-            assert c.keep is not None
-            S = momentum[i]
-            last = last + c.push[..., -1, None, None] * S
-            pushed.append(c.keep[..., None, None] * S - _outer(delta, x, c.tail))
-            if c.second is not None:
-                S2, s = momentum[len(weights) + i], c.second
-                last = last + s.push[..., -1, None, None] * S2
-                S2 = s.keep[..., None, None] * S2 + s.mix[..., None, None] * S
-                pushed2.append(S2 - _outer(delta, x, s.tail))
-        after.append(last)
-    return after, (None if momentum is None else pushed + pushed2)
-
-
-def _shifted(c: Coefficients) -> Coefficients:
-    """What the weights before each token are made of: those after the one before it."""
-
-    def down(x: Tensor | None, first: float = 0.0) -> Tensor | None:
-        return None if x is None else F.pad(x[..., :-1], (1, 0), value=first)
-
-    second = None if c.second is None else c.second._replace(push=F.pad(c.second.push[..., :-1], (1, 0)))
-    retain = F.pad(c.retain[..., :-1], (1, 0), value=1.0)
-    return c._replace(write=F.pad(c.write[..., :-1, :], (0, 0, 1, 0)), retain=retain, push=down(c.push), second=second)
-
-
-def _every(
-    query: Tensor,
-    inputs: Weights,
-    deltas: Weights,
-    weights: Weights,
-    momentum: Weights | None,
-    gates: tuple[Tensor, Tensor, Tensor | None],
-    band: Tensor | None,
-    rule: Coefficients,
-    orthogonal: int,
-    link: Retention | None,
-    read: str,
-    residual: bool,
-    gated: bool,
-    norm: Affine | None,
-) -> tuple[Tensor, Weights, Weights | None]:
-    """As `fast_weight_chunk`, for rules that are not linear in the gradients: with the weights of every token."""
-    step, retain_log, momentum_log = gates
-    layers, every, pushed = len(weights), [], []
-    decay = lower_decay(cumulative(retain_log, -1), step.dtype)
-    for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
-        u = (delta[..., :, None] * x[..., None, :]).flatten(-2)
-        if orthogonal:
-            S = -u if band is None else -(band @ u)
-            if momentum is not None:
-                assert momentum_log is not None
-                E = cumulative(momentum_log, -1)
-                S = lower_decay(E, step.dtype) @ S
-                S = S + E.exp().to(step.dtype)[..., None] * momentum[i].flatten(-2)[..., None, :]
-                pushed.append(S[..., -1, :].unflatten(-1, W.shape[-2:]))
-            O = newton_schulz(S.unflatten(-1, W.shape[-2:]), orthogonal).flatten(-2)
-            moved = decay @ (step[..., None] * O)
-        else:
-            moved = -(rule.write @ u)
-            if momentum is not None and rule.push is not None:
-                moved = moved + rule.push[..., None] * momentum[i].flatten(-2)[..., None, :]
-                if rule.second is not None:
-                    moved = moved + rule.second.push[..., None] * momentum[layers + i].flatten(-2)[..., None, :]
-        A = (rule.retain[..., None] * W.flatten(-2)[..., None, :] + moved).unflatten(-1, W.shape[-2:])
-        every.append(A)
-    if not orthogonal:
-        pushed = _last(inputs, deltas, weights, momentum, rule)[1] or []
-
-    def linear(i: int, z: Tensor) -> Tensor:
-        A = every[i]
-        if read == "before":
-            A = torch.cat([weights[i][:, :, None], A[:, :, :-1]], 2)
-        A = A if link is None else link.link(A)
-        return (A @ z[..., None])[..., 0]
-
-    y = query if read == "anchor" else network(query, linear, layers, residual, gated, norm)
-    return y, [A[:, :, -1] for A in every], (None if momentum is None else pushed)
+    return y, *after_chunk(inputs, deltas, weights, momentum, c)
 
 
 def fast_weight_state(
@@ -485,7 +343,7 @@ def fast_weight(
         near, deltas, along = inner_gradient_along(
             seen["key"], seen["value"], fixed, residual, gated, norm, objective, seen.get("threshold")
         )
-        band = None if window is None else _band(x["window"], pos)
+        band = None if window is None else window_band(x["window"], pos)
         theta, logs = x["step"], [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
         if bound is not None and (objective.targets or len(W) > 1 or norm is not None):
             parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
@@ -496,16 +354,16 @@ def fast_weight(
             )
         c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
         if band is not None:
-            c = _banded(c, band)
+            c = banded(c, band)
         if nonlinear:
             log, eta_log = logs[:2]
             assert log is not None
-            y, W, S = _every(
+            y, W, S = token_weights(
                 x["query"], near, deltas, W, S, (theta, log, eta_log), band, c, orthogonal,
                 retention if factors is None else None, read, residual, gated, norm,
             )  # fmt: skip
         else:
-            reads = _shifted(c) if read == "before" else c
+            reads = shifted(c) if read == "before" else c
             y, W, S = fast_weight_chunk(
                 x["query"], near, deltas, W, S, c, residual=residual, gated=gated, norm=norm, reads=reads,
                 factors=factors,
@@ -674,7 +532,7 @@ def _token_exact(
         most = _ceiling([_square(k)], torch.ones_like(theta), W, None, logs, 1, True)
         theta = torch.minimum(theta, bound * most)
     c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
-    before = _shifted(c)
+    before = shifted(c)
     known = _scaled(k, W[0].mT, before.retain) - (x["value"] - k if residual else x["value"])
     if S is not None and before.push is not None:
         known = known + _scaled(k, S[0].mT, before.push)
@@ -688,28 +546,6 @@ def _token_exact(
 
 SEEN = ("key", "value", "threshold")
 """What a window keeps of its tokens."""
-
-
-def _band(gamma: Tensor, pos: Tensor) -> Tensor:
-    """Γ [B, H, n, n + c − 1] from γ [B, H, n, c]: row t has γ_tj in the column of the token j before it.
-
-    Columns before the stream's start are zero.
-    """
-    n, c = gamma.shape[2:]
-    rows = F.pad(gamma.flip(-1), (0, n)).flatten(2)[..., : n * (n + c - 1)].unflatten(2, (n, n + c - 1))
-    real = pos[:, None] + torch.arange(n + c - 1, device=pos.device) >= c - 1
-    return rows * real[:, None, None]
-
-
-def _banded(c: Coefficients, band: Tensor) -> Coefficients:
-    """The rule of tokens whose gradients are sums over a window."""
-
-    def through(row: Tensor) -> Tensor:
-        return (row[..., None, :] @ band)[..., 0, :]
-
-    tail = None if c.tail is None else through(c.tail)
-    second = None if c.second is None else c.second._replace(tail=through(c.second.tail))
-    return c._replace(write=c.write @ band, tail=tail, second=second)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -733,11 +569,11 @@ def _ceiling(
     def summed(x: Tensor) -> Tensor:
         # √ has no slope at 0, where a token that is already known, or before the stream's start, has its ‖u‖
         x = (x + 1e-24).sqrt()
-        return x if band is None else _times(band, x)
+        return x if band is None else times(band, x)
 
     retain_log, momentum_log, second_log = logs
     if targets:
-        along = along if band is None else _times(band, along)
+        along = along if band is None else times(band, along)
         total = torch.stack(squares).sum(0)
         most = along / ((total if band is None else summed(total).square()) + 1e-12) / chunk_size
     else:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import StateError, expect
+from remanence.ops.chunk_rule import Coefficients, momentum_coefficients
 from remanence.ops.decay import floored, recurrent_dtype
-from remanence.ops.fast_weight import Coefficients, momentum_coefficients
 from remanence.ops.taps import tapped
 from remanence.state import State
 
