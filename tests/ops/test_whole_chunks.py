@@ -13,7 +13,7 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def titans(T, layers, momentum, norm, bound):
+def titans(T, layers, momentum, norm, bound, **answers):
     widths = [K] + [6] * (layers - 1) + [K]
     weights = [0.4 * draw(H, widths[i + 1], widths[i], seed=10 + i) for i in range(layers)]
     q, k, v = (draw(B, H, T, K, seed=i) for i in range(3))
@@ -26,8 +26,9 @@ def titans(T, layers, momentum, norm, bound):
         gates = {"retain_log": retain, "momentum_log": rest[0] if momentum else None}
         scale = tuple(rest[momentum : momentum + 2]) if norm else None
         y, state = fast_weight(
-            q, k, v, step, state, **gates, chunk_size=C, residual=True, norm=scale, bound=0.5 if bound else None
-        )
+            q, k, v, step, state, **gates, chunk_size=C, residual=True, norm=scale, bound=0.5 if bound else None,
+            **answers,
+        )  # fmt: skip
         return y, *state["weight"].values(), *state.get("momentum", {}).values()
 
     return run, leaves
@@ -52,6 +53,9 @@ CASES = {
     "a perceptron with momentum": lambda: titans(19, 2, True, False, True),
     "three layers, a norm, steps as given": lambda: titans(18, 3, False, True, False),
     "a matrix and a norm": lambda: titans(18, 1, True, True, True),
+    "read at the anchor": lambda: titans(19, 2, True, True, True, read="anchor"),
+    "a matrix read at the anchor": lambda: titans(18, 1, False, False, True, read="anchor"),
+    "read before the write": lambda: titans(18, 2, True, False, True, read="before"),
     "test-time training": lambda: test_time_training(18, 2),
 }
 

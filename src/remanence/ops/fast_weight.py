@@ -46,7 +46,7 @@ from remanence.ops.chunk_rule import (
     times,
     window_band,
 )
-from remanence.ops.decay import floored, recurrent_dtype
+from remanence.ops.decay import FLOOR, floored, recurrent_dtype
 from remanence.ops.dispatch import compiled
 from remanence.ops.inner_network import (
     Affine,
@@ -59,7 +59,7 @@ from remanence.ops.inner_network import (
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.objectives import Objective, Squared
 from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
-from remanence.ops.retention import Retention
+from remanence.ops.retention import Retention, Sequential
 from remanence.ops.taps import tapped
 from remanence.ops.token_weights import token_weights
 from remanence.ops.whole_chunks import Form, unpacked, whole_chunks
@@ -241,7 +241,10 @@ def fast_weight_reference(
             change = S2 = {i: eta2[:, :, now, None] * S2[i] + x for i, x in change.items()}
         if orthogonal:
             change = {i: theta[..., None] * newton_schulz(x, orthogonal) for i, x in change.items()}
-        W = {i: a[:, :, now, None] * W[i] + x for i, x in change.items()}
+        if isinstance(retention, Sequential):
+            W = {i: retention.move(W[i], a[:, :, now, None], x, theta[..., None]) for i, x in change.items()}
+        else:
+            W = {i: a[:, :, now, None] * W[i] + x for i, x in change.items()}
         seen = weights({"after": W, "before": before, "anchor": anchor}[read], anchor)
         y.append(look(query[:, :, now], seen))
         pos = pos + 1
@@ -326,12 +329,13 @@ def fast_weight(
     plain = len(state["weight"]) == 1 and isinstance(objective, Squared) and norm is None and retention is None
     plain = plain and window is None  # ‖e‖² / ‖u‖² is 1 / ‖k‖², whatever the error
     exact = plain and chunk_size == 1 and not orthogonal
-    nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor")
-    simple = retention is None and window is None and second_log is None and read == "after" and not gated
+    sequential = isinstance(retention, Sequential)
+    nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor") or sequential
+    simple = retention is None and window is None and second_log is None and not gated
     simple = simple and not (exact or nonlinear) and type(objective) is Squared
     simple = simple and coefficients is momentum_coefficients
     fused = simple and compiled(query)
-    single = simple and norm is None and query.shape[2] == 1 and not torch.is_grad_enabled()
+    single = simple and norm is None and read == "after" and query.shape[2] == 1 and not torch.is_grad_enabled()
 
     def piece(
         x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
@@ -352,12 +356,13 @@ def fast_weight(
             theta = torch.minimum(
                 theta, bound * _ceiling(parts, along, fixed, band, logs, chunk_size, objective.targets)
             )
-        c = coefficients(theta, *logs) if logs[2] is not None else coefficients(theta, *logs[:2])
+        log, eta_log = logs[:2]
+        assert log is not None
+        kept = [torch.full_like(log, FLOOR) if sequential else log, *logs[1:]]
+        c = coefficients(theta, *kept) if logs[2] is not None else coefficients(theta, *kept[:2])
         if band is not None:
             c = banded(c, band)
         if nonlinear:
-            log, eta_log = logs[:2]
-            assert log is not None
             y, W, S = token_weights(
                 x["query"], near, deltas, W, S, (theta, log, eta_log), band, c, orthogonal,
                 retention if factors is None else None, read, residual, gated, norm,
@@ -386,8 +391,8 @@ def fast_weight(
             None if norm is None else torch.stack(norm),
             W,
             S,
-            Form(chunk_size),
-            functools.partial(_by_chunks, like=W, chunk_size=chunk_size),
+            Form(chunk_size, read),
+            functools.partial(_by_chunks, like=W, chunk_size=chunk_size, read=read),
         )
         if norm is not None:
             z = standardised(z)[0] * norm[0][:, None] + norm[1][:, None]
@@ -492,6 +497,7 @@ def _by_chunks(
     *,
     like: Weights,
     chunk_size: int,
+    read: str,
 ) -> tuple[Tensor, Tensor]:
     """`whole_chunks` of packed tensors in operations that can be differentiated twice."""
     W, S = unpacked(start, like, momentum_decay is not None)
@@ -506,8 +512,10 @@ def _by_chunks(
             steps = torch.minimum(steps, most[:, :, now] * along / (torch.stack(parts).sum(0) + 1e-12))
         eta_log = None if momentum_decay is None else momentum_decay[:, :, now].log()
         rule = momentum_coefficients(steps, decay[:, :, now].log(), eta_log)
-        out, W, S = fast_weight_chunk(q[:, :, now], near, deltas, W, S, rule)
-        y.append(out)
+        fixed = fast_weight_read(q[:, :, now], W) if read == "anchor" else None
+        reads = shifted(rule) if read == "before" else rule
+        out, W, S = fast_weight_chunk(q[:, :, now], near, deltas, W, S, rule, reads=reads)
+        y.append(out if fixed is None else fixed)
     both = W if S is None else [torch.cat(pair, -1) for pair in zip(W, S, strict=True)]
     return torch.cat(y, 2), torch.cat([x.flatten(2) for x in both], 2)
 

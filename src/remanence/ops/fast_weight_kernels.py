@@ -9,7 +9,9 @@ Per chunk of C tokens, with token i's gradient δ_i x_iᵀ at the anchor and its
 p = [A z | F z] [W | S]ᵀ − (M ⊙ z xᵀ) δ with M_ti = K_ti θ_i, and [W | S]' = carried [W | S] − δᵀ [m x | s x], where m
 is the last row of M, and s_i = E_ti θ_i that of the momentum. The rule's K and E have a column more, the first, for the
 earlier momentum, and follow from a and η as W and S do: E_t = η_t E_{t−1} + 1_t, K_t = a_t K_{t−1} + E_t. An averaging
-rule has K_ti = c_t instead.
+rule has K_ti = c_t instead. A, F, K, E and M have a row more too, the first, of before the chunk: who reads before a
+token's write sees the row before its own. Queries that read the anchor meet the same weights as the keys, and are but
+C more inputs of every layer: N = 2C, else N = C; what they and the keys met is kept for the gradient.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from remanence.ops.gelu_kernels import bend, gelu
 
 EPS = 1e-6
 """Of the layer norm."""
+BEFORE, AFTER, ANCHOR = 0, 1, 2
+"""When queries read; the first two are also the row of M that the first query sees."""
 
 
 @jit
@@ -30,25 +34,22 @@ def _at(buffer, offset, rows, columns):
 
 
 @jit
-def plan(widths, bias, R, C):
+def plan(widths, bias, R, N):
     """By layer: inputs, outputs, and where its weights, inputs, outputs begin in the flat buffers; then their sizes."""
     L = widths.shape[0] - 1
     P = np.zeros((L + 1, 5), np.int64)
     for l in range(L):
         P[l, 0], P[l, 1] = widths[l] + bias, widths[l + 1]
         P[l + 1, 2] = P[l, 2] + P[l, 1] * P[l, 0] * R
-        P[l + 1, 3] = P[l, 3] + C * P[l, 0]
-        P[l + 1, 4] = P[l, 4] + C * P[l, 1]
+        P[l + 1, 3] = P[l, 3] + N * P[l, 0]
+        P[l + 1, 4] = P[l, 4] + N * P[l, 1]
     return P
 
 
 @jit
-def _ones(P, C, X):
+def _ones(P, X):
     """Fill the inputs of the biases, and with them all else, once."""
-    for l in range(P.shape[0] - 1):
-        x = _at(X, P[l, 3], C, P[l, 0])
-        for i in range(C):
-            fill(x[i], 1.0)
+    fill(X[: P[P.shape[0] - 1, 3]], 1.0)
 
 
 @jit
@@ -68,15 +69,20 @@ def _standardise(h, unit, inverse):
 
 
 @jit
-def _inner(P, C, kind, norm, W, target, X, H, D, G, B, unit, inverse, error):
-    """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D."""
+def _inner(P, C, N, kind, met, norm, W, target, X, H, D, G, B, unit, inverse, error):
+    """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D.
+
+    met: H is known already.
+    """
     L = P.shape[0] - 1
     for l in range(L):
-        x, h = _at(X, P[l, 3], C, P[l, 0]), _at(H, P[l, 4], C, P[l, 1])
-        w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
-        gemm(1.0, x, False, w[:, : P[l, 0]], True, 0.0, h)
+        if not met:
+            w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
+            x = _at(X, P[l, 3], N, P[l, 0])
+            gemm(1.0, x, False, w[:, : P[l, 0]], True, 0.0, _at(H, P[l, 4], N, P[l, 1]))
         if l < L - 1:
-            gelu(kind, h, _at(X, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
+            h = _at(H, P[l, 4], N, P[l, 1])
+            gelu(kind, h, _at(X, P[l + 1, 3], N, P[l + 1, 0]), _at(G, P[l, 4], N, P[l, 1]))
     h, delta = _at(H, P[L - 1, 4], C, P[L - 1, 1]), _at(D, P[L - 1, 4], C, P[L - 1, 1])
     width, real = h.shape[1], h.dtype.type
     if norm.shape[0]:
@@ -119,26 +125,27 @@ def _steps(P, C, X, D, error, step, most, bounded, theta, square, along):
 
 @jit
 def _rule(C, averages, given, momentum, A, E, K):
-    """A, E and K of a chunk, from a_t and η_t, or from c_t."""
+    """A, E and K of a chunk, from a_t and η_t, or from c_t; their first rows and what is above the diagonal stand."""
     for t in range(C):
-        now, pushed, a, eta = K[t], E[t], given[t], momentum[t]
+        now, pushed, a, eta = K[t + 1], E[t + 1], given[t], momentum[t]
         if averages:
-            fill(now, 0.0)
             fill(now[1 : t + 2], a)
-            A[t] = 1
             continue
-        A[t] = A[t - 1] * a if t else a
-        if t:
-            before, pushed_before = K[t - 1], E[t - 1]
-            for i in range(C + 1):
-                pushed[i] = eta * pushed_before[i]
-            pushed[t + 1] = 1
-            for i in range(C + 1):
-                now[i] = a * before[i] + pushed[i]
-        else:
-            fill(pushed, 0.0)
-            pushed[0], pushed[1] = eta, 1
-            copy_row(pushed, now)
+        before, pushed_before = K[t], E[t]
+        A[t + 1] = A[t] * a
+        for i in range(t + 1):
+            pushed[i] = eta * pushed_before[i]
+            now[i] = a * before[i] + pushed[i]
+        pushed[t + 1] = now[t + 1] = 1
+
+
+@jit
+def _rules(C, dtype):
+    """θ, A, F, s, then what was asked for, by token; E and K; M; before the first token."""
+    gates, rules, M = np.zeros((10, C + 1), dtype), np.zeros((2, C + 1, C + 1), dtype), np.zeros((C + 1, C), dtype)
+    fill(gates[1], 1.0)
+    rules[0, 0, 0] = 1
+    return gates, rules, M
 
 
 @jit
@@ -146,32 +153,28 @@ def _rule_backward(C, averages, given, momentum, A, E, K, d_A, d_E, d_K, d_given
     """From d_A, d_K and d_E, of the last row of E alone, to those of a and η, or of c; uses up d_E and d_K."""
     d_last = d_A[0] * 0
     for t in range(C - 1, -1, -1):
-        now, a, eta = d_K[t], given[t], momentum[t]
+        now, before, a, eta = d_K[t + 1], d_K[t], given[t], momentum[t]
         if averages:
             d_given[t] = total(now[1 : t + 2])
             continue
-        d_last += d_A[t]
-        for i in range(C + 1):
+        d_last += d_A[t + 1]
+        for i in range(t + 2):
             d_E[i] += now[i]
-        if t:
-            d_given[t] = dot(now, K[t - 1]) + d_last * A[t - 1]
-            d_momentum[t] = dot(d_E, E[t - 1])
-            before = d_K[t - 1]
-            for i in range(C + 1):
-                before[i] += a * now[i]
-                d_E[i] *= eta
-        else:
-            d_given[t], d_momentum[t] = d_last, d_E[0]
+        d_given[t] = dot(now[: t + 2], K[t, : t + 2]) + d_last * A[t]
+        d_momentum[t] = dot(d_E[: t + 2], E[t, : t + 2])
+        for i in range(t + 2):
+            before[i] += a * now[i]
+            d_E[i] *= eta
         d_last *= a
 
 
 @jit
 def _write(C, K, theta, M, F):
     """M = K diag(θ) and F, without the other's column."""
-    for t in range(C):
+    for t in range(1, C + 1):
         row, to = K[t, 1:], M[t]
         F[t] = K[t, 0]
-        for i in range(C):
+        for i in range(t):
             to[i] = row[i] * theta[i]
 
 
@@ -237,53 +240,55 @@ def _tokens(x, at, b, h, first, out):
 
 @jit
 def _learn(
-    P, C, R, kind, bounded, averages, norm, b, h, t, k, k_at, v, v_at, step, step_at, most, most_at, given, given_at,
-    momentum, momentum_at, width, target, W, X, flat, rows, inverse, rules, gates, M, kept,
+    P, C, N, R, kind, bounded, averages, met, norm, b, h, t, q, q_at, k, k_at, v, v_at, step, step_at, most, most_at,
+    given, given_at, momentum, momentum_at, width, target, W, X, H, flat, rows, inverse, rules, gates, M, kept,
 ):  # fmt: skip
     """What the tokens of a chunk write, and all that makes it.
 
-    `flat`: H, D, G, B of `_inner`; `rows`: its error and unit; `rules`: E and K; `gates`: θ, A, F, s, then what was
-    asked for; `kept`: A, F and the momentum's own decay at the last token.
+    `flat`: D, G, B of `_inner`; `rows`: its error and unit; `rules`, `gates`: see `_rules`; `kept`: A, F and the
+    momentum's own decay at the last token.
     """
     theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
         gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
     )  # fmt: skip
-    _take(k, k_at, b, h, t, width, _at(X, 0, C, P[0, 0]))
+    x = _at(X, 0, N, P[0, 0])
+    _take(k, k_at, b, h, t, width, x[:C])
+    if N > C:
+        _take(q, q_at, b, h, t, width, x[C:])
     take(target, v, v_at, b, h, t)
-    _tokens(step, step_at, b, h, t, asked)
-    _tokens(given, given_at, b, h, t, decays)
+    _tokens(step, step_at, b, h, t, asked[:C])
+    _tokens(given, given_at, b, h, t, decays[:C])
     if bounded:
-        _tokens(most, most_at, b, h, t, ceiling)
+        _tokens(most, most_at, b, h, t, ceiling[:C])
     if R == 2:
-        _tokens(momentum, momentum_at, b, h, t, etas)
-    _inner(P, C, kind, norm, W, target, X, flat[0], flat[1], flat[2], flat[3], rows[1], inverse, rows[0])
-    _steps(P, C, X, flat[1], rows[0], asked, ceiling, bounded, theta, square, along)
+        _tokens(momentum, momentum_at, b, h, t, etas[:C])
+    _inner(P, C, N, kind, met, norm, W, target, X, H, flat[0], flat[1], flat[2], rows[1], inverse, rows[0])
+    _steps(P, C, X, flat[0], rows[0], asked, ceiling, bounded, theta, square, along)
     _rule(C, averages, decays, etas, A, rules[0], rules[1])
     _write(C, rules[1], theta, M, F)
-    last = rules[0, C - 1]
+    last = rules[0, C]
     for i in range(C):
         tails[i] = last[1 + i] * theta[i]
-    kept[0], kept[1], kept[2] = A[C - 1], F[C - 1], last[0]
+    kept[0], kept[1], kept[2] = A[C], F[C], last[0]
 
 
 @jit
 def forward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, every, q, q_at, k, k_at, v, v_at, step,
     step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, seen, end,
 ):  # fmt: skip
-    P = plan(widths, bias, R, C)
+    N = 2 * C if reads == ANCHOR else C
+    P = plan(widths, bias, R, N)
     L, dtype = P.shape[0] - 1, start.dtype
     xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
     X, Z, ZZ, wide = np.empty(xs, dtype), np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
     flat, rows, target = np.empty((6, ds), dtype), np.empty((2, C, out), dtype), np.empty((C, out), dtype)
-    D, Q, GQ = flat[1], flat[4], flat[5]
-    M, scores, inverse = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty(C, dtype)
-    rules = np.zeros((2, C, C + 1), dtype)  # E stays 0 where a rule has none
-    gates, kept, W = np.zeros((10, C), dtype), np.zeros(3, dtype), np.empty(start.shape[1], dtype)
+    D, hidden, Q, GQ = flat[0], flat[3], flat[4], flat[5]
+    scores, inverse, kept, W = np.empty((C, C), dtype), np.empty(C, dtype), np.zeros(3, dtype), np.empty_like(start[0])
+    gates, rules, M = _rules(C, dtype)
     A, F, tails = gates[1], gates[2], gates[3]
-    _ones(P, C, X)
-    _ones(P, C, Z)
-    z = _at(Z, 0, C, P[0, 0])
+    _ones(P, X)
+    _ones(P, Z)
     for r in range(first, last):
         b, h = r // H, r % H
         copy_row(start[r], W)
@@ -292,15 +297,19 @@ def forward(
             if c % every == 0:
                 copy_row(W, befores[r, c // every])
             _learn(
-                P, C, R, kind, bounded, averages, norm[r], b, h, t, k, k_at, v, v_at, step, step_at, most, most_at,
-                given, given_at, momentum, momentum_at, widths[0], target, W, X, flat, rows, inverse, rules, gates, M,
-                kept,
+                P, C, N, R, kind, bounded, averages, False, norm[r], b, h, t, q, q_at, k, k_at, v, v_at, step, step_at,
+                most, most_at, given, given_at, momentum, momentum_at, widths[0], target, W, X, hidden, flat, rows,
+                inverse, rules, gates, M, kept,
             )  # fmt: skip
-            _take(q, q_at, b, h, t, widths[0], z)
-            _read(P, C, R, kind, A, F, W, X, D, M, Z, ZZ, Q, GQ, scores)
-            put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
-            copy_row(Q[: P[L - 1, 4]], seen[r, c])
-            _carry(P, C, R, kept, M[C - 1], tails, X, D, wide, W)
+            if reads == ANCHOR:
+                put(y, y_at, b, h, t, _at(hidden, P[L - 1, 4], N, out)[C:])
+                copy_row(hidden, seen[r, c])
+            else:
+                _take(q, q_at, b, h, t, widths[0], _at(Z, 0, C, P[0, 0]))
+                _read(P, C, R, kind, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, Q, GQ, scores)
+                put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
+                copy_row(Q, seen[r, c])
+            _carry(P, C, R, kept, M[C], tails, X, D, wide, W)
         copy_row(W, end[r])
 
 
@@ -413,10 +422,18 @@ def _steps_backward(
 
 @jit
 def _inner_backward(
-    P, C, R, kind, norm, W, X, H, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_E, d_norm, d_target
+    P, C, N, R, kind, norm, W, X, H, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_E, d_norm, d_target
 ):  # fmt: skip
-    """From d_X, d_D and d_E to d_X of the first layer, the keys' gradient, and d_target; adds to d_W and d_norm."""
+    """From d_X, d_D and d_E to d_X of the first layer, the keys' gradient, and d_target; adds to d_W and d_norm.
+
+    Of queries that read the anchor, too: from their d_H of the last layer, in the rows after the keys'.
+    """
     L = P.shape[0] - 1
+    for l in range(L):
+        for i in range(C, N):
+            fill(_at(d_X, P[l, 3], N, P[l, 0])[i], 0.0)
+            if l < L - 1:
+                fill(_at(d_H, P[l, 4], N, P[l, 1])[i], 0.0)
     for l in range(1, L):
         wide = R * P[l, 0]
         w, d_w = _at(W, P[l, 2], P[l, 1], wide), _at(d_W, P[l, 2], P[l, 1], wide)
@@ -455,13 +472,13 @@ def _inner_backward(
                 to[d] = d_e[d] + up[d]
                 d_v[d] = -to[d]
     for l in range(L - 1, -1, -1):
-        x, d_h = _at(X, P[l, 3], C, P[l, 0]), _at(d_H, P[l, 4], C, P[l, 1])
+        x, d_h = _at(X, P[l, 3], N, P[l, 0]), _at(d_H, P[l, 4], N, P[l, 1])
         w, d_w = _at(W, P[l, 2], P[l, 1], R * P[l, 0]), _at(d_W, P[l, 2], P[l, 1], R * P[l, 0])
-        d_x = _at(d_X, P[l, 3], C, P[l, 0])
+        d_x = _at(d_X, P[l, 3], N, P[l, 0])
         gemm(1.0, d_h, True, x, False, 1.0, d_w[:, : P[l, 0]])
         gemm(1.0, d_h, False, w[:, : P[l, 0]], False, 1.0, d_x)
         if l:
-            multiply_add(d_x, _at(G, P[l - 1, 4], C, P[l - 1, 1]), _at(d_H, P[l - 1, 4], C, P[l - 1, 1]))
+            multiply_add(d_x, _at(G, P[l - 1, 4], N, P[l - 1, 1]), _at(d_H, P[l - 1, 4], N, P[l - 1, 1]))
 
 
 @summing
@@ -480,34 +497,36 @@ def _of_norm(scale, e, u, up, by):
 
 @jit
 def backward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, every, q, q_at, k, k_at, v, v_at, step,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, every, q, q_at, k, k_at, v, v_at, step,
     step_at, most, most_at, given, given_at, momentum, momentum_at, norm, befores, seen, d_y, d_y_at,
     d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at,
     d_momentum, d_momentum_at, d_norm, d_state,
 ):  # fmt: skip
-    P = plan(widths, bias, R, C)
+    met = reads == ANCHOR
+    N = 2 * C if met else C
+    P = plan(widths, bias, R, N)
     L, dtype = P.shape[0] - 1, befores.dtype
     xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
     # of the chunks between two kept states
     Ws, Xs = np.empty((every, befores.shape[2]), dtype), np.empty((every, xs), dtype)
     flats, rows = np.empty((every, 4, ds), dtype), np.empty((every, 2, C, out), dtype)
-    rules, gatess = np.zeros((every, 2, C, C + 1), dtype), np.zeros((every, 10, C), dtype)
-    Ms, inverses, kepts = np.empty((every, C, C), dtype), np.empty((every, C), dtype), np.zeros((every, 3), dtype)
+    states = [_rules(C, dtype) for _ in range(every)]
+    inverses, kepts = np.empty((every, C), dtype), np.zeros((every, 3), dtype)
 
     Z, ZZ, wide = np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
     d_X, d_Z, flat = np.empty(xs, dtype), np.empty(xs, dtype), np.empty((5, ds), dtype)
     GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4]
     target, d_target, d_error = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty((C, out), dtype)
-    scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.empty((C, C), dtype)
-    d_K, d_E = np.empty((C, C + 1), dtype), np.empty(C + 1, dtype)
-    d_kept, d_gates = np.zeros(3, dtype), np.zeros((8, C), dtype)
+    scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.zeros((C + 1, C), dtype)
+    d_K, d_E = np.zeros((C + 1, C + 1), dtype), np.empty(C + 1, dtype)
+    d_kept, d_gates = np.zeros(3, dtype), np.zeros((8, C + 1), dtype)
     d_theta, d_A, d_F, d_tails, d_asked, d_ceiling, d_decays, d_etas = (
         d_gates[0], d_gates[1], d_gates[2], d_gates[3], d_gates[4], d_gates[5], d_gates[6], d_gates[7],
     )  # fmt: skip
     for g in range(every):
-        _ones(P, C, Xs[g])
-    _ones(P, C, Z)
-    z = _at(Z, 0, C, P[0, 0])
+        _ones(P, Xs[g])
+    _ones(P, Z)
+    z, keys, queries = _at(Z, 0, C, P[0, 0]), _at(d_X, 0, C, P[0, 0]), _at(d_Z, 0, C, P[0, 0])
     for r in range(first, last):
         b, h = r // H, r % H
         d_W = d_state[r]
@@ -515,75 +534,79 @@ def backward(
             if c % every == every - 1 or c == chunks - 1:
                 copy_row(befores[r, c // every], Ws[0])
                 for g in range(c % every + 1):
-                    t = (c // every * every + g) * C
+                    at = c // every * every + g
+                    gates, rules, M = states[g]
+                    hidden = seen[r, at] if met else flats[g, 3]
                     _learn(
-                        P, C, R, kind, bounded, averages, norm[r], b, h, t, k, k_at, v, v_at, step, step_at, most,
-                        most_at, given, given_at, momentum, momentum_at, widths[0], target, Ws[g], Xs[g], flats[g],
-                        rows[g], inverses[g], rules[g], gatess[g], Ms[g], kepts[g],
+                        P, C, N, R, kind, bounded, averages, met, norm[r], b, h, at * C, q, q_at, k, k_at, v, v_at,
+                        step, step_at, most, most_at, given, given_at, momentum, momentum_at, widths[0], target, Ws[g],
+                        Xs[g], hidden, flats[g], rows[g], inverses[g], rules, gates, M,
+                        kepts[g],
                     )  # fmt: skip
                     if g < c % every:
                         copy_row(Ws[g], Ws[g + 1])
-                        _carry(
-                            P, C, R, kepts[g], Ms[g, C - 1], gatess[g, 3], Xs[g], flats[g, 1], wide, Ws[g + 1]
-                        )  # fmt: skip
+                        _carry(P, C, R, kepts[g], M[C], gates[3], Xs[g], flats[g, 0], wide, Ws[g + 1])
             g, t = c % every, c * C
-            W, X, M, E, K = Ws[g], Xs[g], Ms[g], rules[g, 0], rules[g, 1]
-            error, unit, inverse = rows[g, 0], rows[g, 1], inverses[g]
-            hidden, D, G, B, gates = flats[g, 0], flats[g, 1], flats[g, 2], flats[g, 3], gatess[g]
-            theta, A, F, tails = gates[0], gates[1], gates[2], gates[3]
-            _take(q, q_at, b, h, t, widths[0], z)
-            for l in range(L):
-                layer = _at(Z, P[l, 3], C, P[l, 0])
-                _scaled(R, layer, A, F, _at(ZZ, R * P[l, 3], C, R * P[l, 0]))
-                if l < L - 1:
-                    gelu(
-                        kind, _at(seen[r, c], P[l, 4], C, P[l, 1]), _at(Z, P[l + 1, 3], C, P[l + 1, 0]),
-                        _at(GQ, P[l, 4], C, P[l, 1]),
-                    )  # fmt: skip
-
-            fill(d_kept, 0.0)
+            W, X, error, unit, inverse = Ws[g], Xs[g], rows[g, 0], rows[g, 1], inverses[g]
+            D, G, B, hidden = flats[g, 0], flats[g, 1], flats[g, 2], seen[r, c] if met else flats[g, 3]
+            gates, rules, M = states[g]
+            theta, A, F, tails, E, K = gates[0], gates[1], gates[2], gates[3], rules[0], rules[1]
             for i in range(4):
                 fill(d_gates[i], 0.0)
-            for i in range(C):
+            fill(d_kept, 0.0)
+            for i in range(C + 1):
                 fill(d_M[i], 0.0)
-            _carry_backward(
-                P, C, R, kepts[g], M[C - 1], tails, W, X, D, wide, d_W, d_X, d_D, d_M[C - 1], d_tails, d_kept
-            )  # fmt: skip
-            take(_at(d_Q, P[L - 1, 4], C, out), d_y, d_y_at, b, h, t)
-            _read_backward(
-                P, C, R, A, F, W, X, D, M, Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D, d_M, d_Z, d_Q, d_A, d_F
-            )  # fmt: skip
-            d_A[C - 1] += d_kept[0]
-            d_F[C - 1] += d_kept[1]
+            _carry_backward(P, C, R, kepts[g], M[C], tails, W, X, D, wide, d_W, d_X, d_D, d_M[C], d_tails, d_kept)
+            if reads == ANCHOR:
+                take(_at(d_H, P[L - 1, 4], N, out)[C:], d_y, d_y_at, b, h, t)
+            else:
+                _take(q, q_at, b, h, t, widths[0], z)
+                for l in range(L):
+                    layer = _at(Z, P[l, 3], C, P[l, 0])
+                    _scaled(R, layer, A[reads:], F[reads:], _at(ZZ, R * P[l, 3], C, R * P[l, 0]))
+                    if l < L - 1:
+                        gelu(
+                            kind, _at(seen[r, c], P[l, 4], C, P[l, 1]), _at(Z, P[l + 1, 3], C, P[l + 1, 0]),
+                            _at(GQ, P[l, 4], C, P[l, 1]),
+                        )  # fmt: skip
+                take(_at(d_Q, P[L - 1, 4], C, out), d_y, d_y_at, b, h, t)
+                _read_backward(
+                    P, C, R, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D,
+                    d_M[reads:], d_Z, d_Q, d_A[reads:], d_F[reads:],
+                )  # fmt: skip
+            d_A[C] += d_kept[0]
+            d_F[C] += d_kept[1]
 
             d_E[0] = d_kept[2]
             for i in range(C):
                 d_E[1 + i] = d_tails[i] * theta[i]
-                d_theta[i] = d_tails[i] * E[C - 1, 1 + i]
-            for s in range(C):
+                d_theta[i] = d_tails[i] * E[C, 1 + i]
+            for s in range(1, C + 1):
                 row, d_row, to = K[s, 1:], d_M[s], d_K[s, 1:]
                 d_K[s, 0] = d_F[s]
-                for i in range(s + 1):
+                for i in range(s):
                     d_theta[i] += d_row[i] * row[i]
                     to[i] = d_row[i] * theta[i]
-                fill(to[s + 1 :], 0.0)
+                fill(to[s:], 0.0)
             _rule_backward(C, averages, gates[8], gates[9], A, E, K, d_A, d_E, d_K, d_decays, d_etas)
             _steps_backward(
                 P, C, X, D, error, gates[4], gates[5], theta, gates[6], gates[7], bounded, d_theta, d_asked, d_ceiling,
                 d_X, d_D, d_error,
             )  # fmt: skip
-            _put_tokens(d_step, d_step_at, b, h, t, d_asked)
-            _put_tokens(d_given, d_given_at, b, h, t, d_decays)
+            _put_tokens(d_step, d_step_at, b, h, t, d_asked[:C])
+            _put_tokens(d_given, d_given_at, b, h, t, d_decays[:C])
             if bounded:
-                _put_tokens(d_most, d_most_at, b, h, t, d_ceiling)
+                _put_tokens(d_most, d_most_at, b, h, t, d_ceiling[:C])
             if R == 2:
-                _put_tokens(d_momentum, d_momentum_at, b, h, t, d_etas)
+                _put_tokens(d_momentum, d_momentum_at, b, h, t, d_etas[:C])
             _inner_backward(
-                P, C, R, kind, norm[r], W, X, hidden, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_error,
-                d_norm[r], d_target,
+                P, C, N, R, kind, norm[r], W, X, hidden, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H,
+                d_error, d_norm[r], d_target,
             )  # fmt: skip
-            _put(d_q, d_q_at, b, h, t, widths[0], _at(d_Z, 0, C, P[0, 0]))
-            _put(d_k, d_k_at, b, h, t, widths[0], _at(d_X, 0, C, P[0, 0]))
+            if reads == ANCHOR:
+                queries = _at(d_X, 0, N, P[0, 0])[C:]
+            _put(d_q, d_q_at, b, h, t, widths[0], queries)
+            _put(d_k, d_k_at, b, h, t, widths[0], keys)
             put(d_v, d_v_at, b, h, t, d_target)
 
 

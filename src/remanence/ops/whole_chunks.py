@@ -16,10 +16,12 @@ class Form(NamedTuple):
     """What a compiled network is besides its weights.
 
     chunk_size: tokens that share an anchor. averages: `decay` is c_t, what the chunk's steps up to t are scaled by,
-    rather than a_t. bias: the last column of each matrix is added to its outputs. tanh: GELU in its tanh form.
+    rather than a_t. bias: the last column of each matrix is added to its outputs. tanh: GELU in its tanh form. read:
+    what queries see, the weights "after" or "before" their token's write, or the chunk's "anchor".
     """
 
     chunk_size: int
+    read: str = "after"
     averages: bool = False
     bias: bool = False
     tanh: bool = False
@@ -82,7 +84,8 @@ class _Compiled(torch.autograd.Function):
         B, H, T = query.shape[:3]
         y, end = blank(target, 3), torch.empty_like(start, memory_format=torch.contiguous_format)
         befores = start.new_empty(B * H, -(-T // (form.chunk_size * EVERY)), start.shape[2])
-        hidden = start.new_empty(B * H, T // form.chunk_size, form.chunk_size * sum(widths[1:-1]))
+        seen = (2 * sum(widths[1:-1]) + widths[-1]) if form.read == "anchor" else sum(widths[1:-1])
+        hidden = start.new_empty(B * H, T // form.chunk_size, form.chunk_size * seen)
         arguments, work = _arguments(form, widths, tensors), query.numel() * form.chunk_size
         outputs = *flat(y, 3), befores.numpy(), hidden.numpy(), rows(end)
         spread_products(kernels.forward, B * H, work, *arguments, rows(start), *outputs)
@@ -125,6 +128,6 @@ def _arguments(form: Form, widths: list[int], tensors: Any) -> list[Any]:
     query, most, momentum, norm = tensors[0], tensors[4], tensors[6], tensors[7]
     B, H, T = query.shape[:3]
     sizes = H, T // form.chunk_size, form.chunk_size, np.array(widths), int(form.bias), 1 + (momentum is not None)
-    kinds = int(form.tanh), most is not None, form.averages, EVERY
+    kinds = int(form.tanh), most is not None, form.averages, ("before", "after", "anchor").index(form.read), EVERY
     inputs = [part for x in tensors[:7] for part in flat_or_none(x, 3, query)]
     return [*sizes, *kinds, *inputs, rows(query.new_empty(B, H, 0, 1) if norm is None else norm)]
