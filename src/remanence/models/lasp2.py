@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from remanence.catalogue import card
 from remanence.errors import RemanenceError, StateError
 from remanence.memory.base import Memory
-from remanence.ops.sequence_parallel import POINTWISE, SPLIT, Group, from_left, joined, sequence_parallel
+from remanence.ops.exchange import Group, from_left, joined
+from remanence.ops.sequence_parallel import POINTWISE, SPLIT, sequence_parallel
 from remanence.ops.taps import Call, tap
 from remanence.state import State, tree_map
 

@@ -16,132 +16,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from remanence.errors import RemanenceError, ShapeError
 from remanence.ops import taps
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
+from remanence.ops.exchange import Group, from_left, gather_all, inherited_start, joined
 from remanence.ops.expgate import merge
 from remanence.ops.taps import Call
 from remanence.state import State
-
-Group = Any
-"""A process group of `torch.distributed`: its `rank`, `size`, `allgather`, `send`, `recv`. None is all processes."""
-
-
-def joined(group: Group) -> Group:
-    """The group, or that of all processes; raises `RemanenceError` where they have not been joined."""
-    if group is not None:
-        return group
-    if not dist.is_initialized():
-        raise RemanenceError("There are no ranks yet: call torch.distributed.init_process_group, or start by torchrun.")
-    return dist.group.WORLD
-
-
-def _gather(x: Tensor, group: Group) -> list[Tensor]:
-    if x.is_complex():  # not every backend sends such numbers
-        return [torch.view_as_complex(y) for y in _gather(torch.view_as_real(x.resolve_conj()), group)]
-    everyone = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    group.allgather([everyone], [x.contiguous()]).wait()
-    return everyone
-
-
-class _Start(torch.autograd.Function):
-    """The state before this rank's tokens: `first` on rank 0, else the fold of all (M, N) to the left.
-
-    One all-gather forwards, of (M, N), and one backwards, of the gradients of the starts.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, M: Tensor, N: Tensor, first: Tensor, group: Group) -> Tensor:
-        rank, dense = group.rank(), M.ndim == 4 and M.shape[-1] > 1
-        if rank == 0:
-            N = N + _apply(M, first, dense)
-        everyone = _gather(torch.cat([M.flatten(), N.flatten()]), group)
-        Ms, Ns = zip(*(x.split([M.numel(), N.numel()]) for x in everyone), strict=True)
-        start = first.expand_as(N) if rank == 0 else Ns[0].view_as(N)
-        for s in range(1, rank):
-            start = _apply(Ms[s].view_as(M), start, dense) + Ns[s].view_as(N)
-        ctx.save_for_backward(start, M, *Ms[rank + 1 :])
-        ctx.group, ctx.dense = group, dense
-        return start.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, M, *later = ctx.saved_tensors
-        rank, dense = ctx.group.rank(), ctx.dense
-        grads = _gather(grad, ctx.group)
-        d_N = torch.zeros_like(grad)
-        for s in reversed(range(rank + 1, len(grads))):  # of the state that this rank leaves
-            M_s = later[s - rank - 1].view_as(M)
-            d_N = grads[s] + _apply(_adjoint(M_s, dense), d_N, dense)
-        d_M = (d_N @ start.mH if dense else d_N * start.conj()).sum_to_size(M.shape)
-        d_first = grad + _apply(_adjoint(M, dense), d_N, dense) if rank == 0 else torch.zeros_like(grad)
-        return d_M, d_N, d_first, None
-
-
-def _apply(M: Tensor, S: Tensor, dense: bool) -> Tensor:
-    return M @ S if dense else M * S
-
-
-def _adjoint(M: Tensor, dense: bool) -> Tensor:
-    return M.mH if dense else M.conj()
-
-
-class _FromLeft(torch.autograd.Function):
-    """The left neighbour's `x`, and `first` on rank 0; gradients go the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, first: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _pass(x, first, 1, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_x = _pass(grad, torch.zeros_like(grad), -1, ctx.group)
-        return d_x, grad if ctx.group.rank() == 0 else torch.zeros_like(grad), None
-
-
-def _pass(x: Tensor, first: Tensor, step: int, group: Group) -> Tensor:
-    """Send to the rank `step` further, receive from the one as far behind; `first` where there is none."""
-    rank, got = group.rank(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    sent = x.contiguous()
-    messages = []
-    if 0 <= rank + step < group.size():
-        messages.append(group.send([sent], rank + step, 0))
-    if 0 <= rank - step < group.size():
-        messages.append(group.recv([got], rank - step, 0))
-    else:
-        got = first.to(x.dtype).expand_as(x).clone()
-    for message in messages:
-        message.wait()
-    return got
-
-
-class _GatherAll(torch.autograd.Function):
-    """Everyone's `x`, stacked on a new first axis."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return torch.stack(_gather(x, group))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.stack(_gather(grad, ctx.group))[:, ctx.group.rank()].sum(0), None
-
-
-def from_left(x: Tensor, first: Tensor, group: Group = None) -> Tensor:
-    """The `x` of the left neighbour, and `first` on rank 0: one message to each neighbour, gradients back through it.
-
-    Shapes: `x` and `first` alike on every rank.
-    """
-    return _FromLeft.apply(x, first, joined(group))
 
 
 def scan(log_decay: Tensor, b: Tensor, state: State | None = None, *, group: Group = None) -> tuple[Tensor, State]:
@@ -157,7 +40,7 @@ def scan(log_decay: Tensor, b: Tensor, state: State | None = None, *, group: Gro
     G = cumulative(floored(log_decay.to(local.dtype)), 1)
     N = after["h"]
     M = G[:, -1].exp().to(N.dtype) if G.shape[1] else torch.ones_like(N)
-    start = _Start.apply(M, N, _first(state, "h", N), joined(group))
+    start = inherited_start(M, N, _first(state, "h", N), group)
     return local + G.exp().to(N.dtype) * start[:, None], {"h": M * start + N}
 
 
@@ -181,7 +64,7 @@ def linear_attention(
         G = cumulative(floored(log_decay.to(N.dtype)), 2)
         share = (G if G.ndim == 4 else G[..., None]).exp().to(N.dtype)
         M, read = M * share[:, :, -1, :, None], read * share
-    start = _Start.apply(M, N, _first(state, "S", N), joined(group))
+    start = inherited_start(M, N, _first(state, "S", N), group)
     return (local + read @ start).to(value.dtype), {"S": M * start + N}
 
 
@@ -239,7 +122,7 @@ def _by_columns(
     begin = {"S": torch.cat([one.new_zeros(B, H, K, V), one], -1)}
     y, after = local(torch.cat([value.to(one.dtype), one.new_zeros(B, H, T, K)], -1), begin)
     N, M = after["S"].split([V, K], -1)
-    start = _Start.apply(M.contiguous(), N.contiguous(), _first(state, "S", N), joined(group))
+    start = inherited_start(M.contiguous(), N.contiguous(), _first(state, "S", N), group)
     return (y[..., :V] + y[..., V:] @ start).to(value.dtype), {"S": M @ start + N}
 
 
@@ -260,7 +143,7 @@ def selective_scan(
     local, after = op(x, delta, A, B, C)
     N = after["h"]
     M = selective_scan_carry(x, delta, A, B, C)[0] if A is None else (delta.to(N.dtype).sum(1)[..., None] * A).exp()
-    start = _Start.apply(M, N, _first(state, "h", N), joined(group))
+    start = inherited_start(M, N, _first(state, "h", N), group)
     inherited, _ = op(torch.zeros_like(x), delta, A, B, C, {"h": start})
     return local + inherited, {"h": M * start + N}
 
@@ -274,7 +157,7 @@ def complex_scan(a: Tensor, b: Tensor, state: State | None = None, *, group: Gro
     ones = torch.ones_like(N)
     share, kept = ops.complex_scan(a, torch.zeros_like(b), {"h": _numbers(ones)})  # what is left of any start
     M = _modes(kept, b)
-    start = _Start.apply(M, N, torch.zeros_like(N) if state is None else _modes(state, N), joined(group))
+    start = inherited_start(M, N, torch.zeros_like(N) if state is None else _modes(state, N), group)
     return local + share * start[:, None], {"h": _numbers(M * start + N)}
 
 
@@ -286,7 +169,7 @@ def diagonal_ssm(
 
     local, after = ops.diagonal_ssm(u, a, read, **settings)
     M, N = a ** u.shape[1], _modes(after, a)
-    start = _Start.apply(M, N, torch.zeros_like(N) if state is None else _modes(state, N), joined(group))
+    start = inherited_start(M, N, torch.zeros_like(N) if state is None else _modes(state, N), group)
     inherited, end = ops.diagonal_ssm(torch.zeros_like(u), a, read, {"h": _numbers(start)}, **settings)
     return local + inherited, {"h": end["h"] + after["h"]}
 
@@ -310,7 +193,7 @@ def dense_ssm(
     local, after = ops.dense_ssm(u, transition, write, read)
     N = after["h"][..., None]
     M = torch.linalg.matrix_power(transition.to(N.dtype), u.shape[1])[None]
-    start = _Start.apply(M, N, _first(None if state is None else {"h": state["h"][..., None]}, "h", N), joined(group))
+    start = inherited_start(M, N, _first(None if state is None else {"h": state["h"][..., None]}, "h", N), group)
     inherited, end = ops.dense_ssm(torch.zeros_like(u), transition, write, read, {"h": start[..., 0]})
     return local + inherited, {"h": end["h"] + after["h"]}
 
@@ -333,7 +216,7 @@ def slots(
     both = torch.cat([key, value], -1)
     M, N = ops.linear_attention_carry(write.to(both.dtype), both, log_decay)
     first = None if state is None else {"S": torch.cat([state["K"], state["V"]], -1)}
-    start = _Start.apply(M, N, _first(first, "S", N), joined(group))
+    start = inherited_start(M, N, _first(first, "S", N), group)
     begin = dict(zip("KV", start.split([K, V], -1), strict=True))
     return ops.slots(query, key, value, write, log_decay, begin, **settings)
 
@@ -357,7 +240,7 @@ def least_squares(
     both = torch.cat([key, value], -1)
     M, N = ops.linear_attention_carry(beta[..., None] * key, both, log_decay)
     first = None if state is None else {"S": torch.cat([state["H"], state["G"]], -1)}
-    start = _Start.apply(M, N, _first(first, "S", N), joined(group))
+    start = inherited_start(M, N, _first(first, "S", N), group)
     begin = dict(zip("HG", start.split([K, V], -1), strict=True))
     return ops.least_squares(query, key, value, beta, ridge, log_decay, begin, **settings)
 
@@ -379,7 +262,7 @@ def expgate(
     log_decay, own = ops.expgate_carry(key, value, log_forget, log_input)
     if state is None:
         state = {name: torch.zeros_like(x) for name, x in own.items()}
-    start = _stabilised_start(log_decay, own, state, joined(group))
+    start = _stabilised_start(log_decay, own, state, group)
     return ops.expgate(query, key, value, log_forget, log_input, start, **settings)
 
 
@@ -398,7 +281,7 @@ def softmax_scan(
     total, own = ops.softmax_scan_carry(score, value, log_decay)
     if state is None:
         _, state = ops.softmax_scan(score[:, :0], value[:, :0])
-    start = _stabilised_start(total.expand_as(own["m"]), own, state, joined(group))
+    start = _stabilised_start(total.expand_as(own["m"]), own, state, group)
     return ops.softmax_scan(score, value, log_decay, bonus, start)
 
 
@@ -410,10 +293,10 @@ def _stabilised_start(log_decay: Tensor, own: State, first: State, group: Group)
     """
     shapes = {"decay": log_decay.shape, **{name: x.shape for name, x in own.items()}}
     packed = torch.cat([x.double().flatten() for x in (log_decay, *own.values())])
-    everyone = _GatherAll.apply(packed, group)
+    everyone = gather_all(packed, group)
     nothing = 0 * everyone[0, 0]  # all must go backward through the gathering, also rank 0, which reads none of it
     start = {name: x if name == "m" else x + nothing.to(x.dtype) for name, x in first.items()}
-    for piece in everyone[: group.rank()]:
+    for piece in everyone[: joined(group).rank()]:
         parts = piece.split([shape.numel() for shape in shapes.values()])
         found = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         found = {name: x if name in ("decay", "m") else x.to(own[name].dtype) for name, x in found.items()}
@@ -472,7 +355,7 @@ def window_attention(
     if reach <= T:
         past = from_left(both[:, :, T - reach :], past, group)
     else:
-        everyone = _GatherAll.apply(torch.cat([past, both], 2), group)
+        everyone = gather_all(torch.cat([past, both], 2), group)
         past = torch.cat([everyone[0, :, :, :reach], *everyone[:rank, :, :, reach:]], 2)[:, :, -reach:]
     k, v = past.split([key.shape[3], value.shape[3]], -1)
     begin = {"k": k, "v": v, "seen": seen}
