@@ -1,11 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import ShapeError
-from remanence.ops.dense_ssm import dense_ssm, dense_ssm_carry, dense_ssm_reference, krylov, squarings
+from remanence.ops import dispatch
+from remanence.ops.dense_ssm import dense_ssm, dense_ssm_carry, dense_ssm_reference, inverses, krylov, squarings
 from remanence.ops.long_conv import _fast_size, dilated_conv, long_conv, long_conv_reference
 
 CUTS = st.lists(st.integers(0, 150), max_size=3)
@@ -101,16 +102,21 @@ def system(draw, D=2, N=4, M=3):
     return 0.4 * noise(D, N, N), noise(D, N), noise(D, M, N)
 
 
-@settings(deadline=None, max_examples=25)
-@given(T=LENGTHS, cuts=CUTS, given_state=st.booleans())
-def test_a_dense_system_with_any_cuts_is_the_loop(obeys, draw, T, cuts, given_state):
-    parts = [p.detach().requires_grad_() for p in system(draw)]
+@pytest.fixture(params=["compiled", "tensors"])
+def form(request, monkeypatch):
+    monkeypatch.setattr(dispatch, "compiled", lambda x: request.param == "compiled")
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(T=LENGTHS, N=st.integers(1, 6), cuts=CUTS, given_state=st.booleans())
+def test_a_dense_system_with_any_cuts_is_the_loop(form, obeys, draw, T, N, cuts, given_state):
+    parts = [p.detach().requires_grad_() for p in system(draw, N=N)]
     obeys(
         lambda u, state: dense_ssm(u, *parts, state),
         lambda u, state: dense_ssm_reference(u, *parts, state),
         [draw(T)(2, T, 2)],
         within(cuts, T),
-        {"h": draw(1)(2, 2, 4)} if given_state else None,
+        {"h": draw(1)(2, 2, N)} if given_state else None,
         others=parts,
         axis=1,
     )
@@ -130,6 +136,26 @@ def test_the_carry_gives_the_end_from_any_start(draw):
     M, N = dense_ssm_carry(u, A, B)
     want = dense_ssm_reference(u, A, B, C, {"h": start})[1]["h"]
     torch.testing.assert_close((M @ start[..., None])[..., 0] + N, want, rtol=0, atol=1e-10)
+
+
+def test_a_dense_system_can_be_differentiated_twice(draw):
+    inputs = [draw(0)(1, 5, 2), *(p.detach().requires_grad_() for p in system(draw, N=3, M=1)), draw(1)(1, 2, 3)]
+
+    def run(u, A, B, C, h):
+        y, state = dense_ssm(u, A, B, C, {"h": h})
+        return y, state["h"]
+
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_inverses_take_the_largest_pivots(draw):
+    A = draw(0)(3, 7, 7)
+    with torch.no_grad():
+        A[0] = torch.eye(7)[[3, 0, 6, 1, 5, 2, 4]]  # none without a change of rows
+    torch.testing.assert_close(inverses(A), torch.linalg.inv(A), rtol=1e-9, atol=1e-9)
+    (got,), (want,) = (torch.autograd.grad(f(A).sin().sum(), A) for f in (inverses, torch.linalg.inv))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradgradcheck(inverses, A)
 
 
 def test_a_dense_system_in_float32(agrees_in_float32, draw):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import Derived, wide, zeros
-from remanence.ops.dense_ssm import dense_ssm, krylov, squarings
+from remanence.ops.dense_ssm import dense_ssm, inverses, krylov, squarings
 from remanence.ops.hippo import hippo_matrices
 from remanence.state import State
 
@@ -22,9 +22,9 @@ def bilinear(A: Tensor, B: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
     Shapes: A [N, N], B [N], log_step [D] -> [D, N, N], [D, N].
     """
     step = log_step.exp()
-    half, one = step[:, None, None] / 2 * A, torch.eye(len(B), dtype=A.dtype, device=A.device)
-    solved = torch.linalg.solve(one - half, torch.cat([one + half, (step[:, None] * B)[..., None]], -1))
-    return solved[..., :-1], solved[..., -1]
+    one = torch.eye(len(B), dtype=A.dtype, device=A.device)
+    inverse = inverses(one - step[:, None, None] / 2 * A)
+    return 2 * inverse - one, step[:, None] * (inverse @ B)
 
 
 @card(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import recurrent_dtype
+from remanence.ops import dispatch
+from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
 
-CHUNK = 64
-"""Tokens handled by matrix products; the state is carried from one such piece to the next."""
+CHUNK = 32
+"""Tokens handled by matrix products, a power of two; the state is carried from one such piece to the next."""
 
 
 def dense_ssm_reference(
@@ -45,11 +48,18 @@ def dense_ssm(
     expect("dense_ssm", "u", u, "batch time features", features=D)
     expect("dense_ssm", "transition", transition, "features state state", features=D, state=N)
     expect("dense_ssm", "read", read, "features outputs state", features=D, state=N)
-    B, T, _ = u.shape
-    if T <= 1:
+    if u.shape[1] <= 1:
         return dense_ssm_reference(u, transition, write, read, state)
-    h = _start(u, write, state).permute(1, 2, 0)  # [D, N, B]
+    h = _start(u, write, state)
     transition, write, read, u = (p.to(h.dtype) for p in (transition, write, read, u))
+    run = _Compiled.apply if dispatch.compiled(transition) else _in_chunks
+    y, h = run(u, transition, write, read, h)
+    return y, {"h": h}
+
+
+def _in_chunks(u: Tensor, transition: Tensor, write: Tensor, read: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """In tensor operations, on any device."""
+    (B, T, D), h = u.shape, h.permute(1, 2, 0)  # [D, N, B]
     C = min(CHUNK, T)
     powers = squarings(transition, C)
     written = krylov(powers, write[..., None], C)[..., 0, :]  # Ā^l B̄: [D, N, C]
@@ -77,7 +87,83 @@ def dense_ssm(
         x = u[:, whole:].permute(2, 1, 0)
         y = torch.cat([y, piece(x, h).permute(3, 2, 0, 1)], 1)
         h = advance(powers, h, rest) + written[..., C - rest :] @ x
-    return y, {"h": h.permute(2, 0, 1)}
+    return y, h.permute(2, 0, 1)
+
+
+class _Compiled(torch.autograd.Function):
+    """Feature by feature in the cache. The gradients of powers are found by the chain of squarings alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, transition: Tensor, write: Tensor, read: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (B, T, D), (_, M, N) = u.shape, read.shape
+        C = min(CHUNK, 1 << (T - 1).bit_length())
+        x = _by_feature(u, C)
+        n = x.shape[1]
+        y, end = u.new_empty(D, n, B, M * C), u.new_empty(D, B, N)
+        starts, W, R = u.new_empty(D, n, B, N), u.new_empty(D, C, N), u.new_empty(D, M * C, N)
+        powers = u.new_empty(D, (C.bit_length() - 1) * (n > 1), N, N)
+        kept = starts, W, R, powers
+        _run("forward", T - (n - 1) * C, x, transition, write, read, start.transpose(0, 1), y, *kept, end)
+        ctx.save_for_backward(u, transition, write, read, start, *kept)
+        y = y.unflatten(3, (M, C)).permute(2, 1, 4, 0, 3).reshape(B, n * C, D, M)
+        return y[:, :T], end.transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        u, transition, write, read, start, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return second_order(ctx.needs_input_grad, _in_chunks, (u, transition, write, read, start), grads)
+        (B, T, D), M = u.shape, read.shape[1]
+        C = kept[1].shape[1]
+        x, d_end = _by_feature(u, C), grads[1].transpose(0, 1)
+        d_y = _by_feature(grads[0].flatten(2), C).view(D, M, *x.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+        found = [
+            torch.empty_like(p, memory_format=torch.contiguous_format) for p in (x, transition, write, read, d_end)
+        ]
+        _run("backward", T - (x.shape[1] - 1) * C, x, transition, write, read, *kept, d_y, d_end, *found)
+        d_x, *others, d_start = found
+        return d_x.permute(2, 1, 3, 0).reshape(B, -1, D)[:, :T], *others, d_start.transpose(0, 1)
+
+
+def _by_feature(u: Tensor, C: int) -> Tensor:
+    """[B, T, D] as contiguous [D, pieces, B, C], with zeros after the last token."""
+    B, T, D = u.shape
+    return torch.nn.functional.pad(u.permute(2, 0, 1), (0, -T % C)).view(D, B, -1, C).transpose(1, 2).contiguous()
+
+
+def _run(name: str, rest: int, *tensors: Tensor) -> None:
+    """A kernel over the features, which know nothing of each other; `rest` tokens are in the last piece."""
+    from remanence.ops import dense_ssm_kernels  # here, because Numba takes half a second that most need not pay
+    from remanence.ops.compiled import spread_products
+
+    arrays = [x.detach().contiguous().numpy() for x in tensors]
+    spread_products(getattr(dense_ssm_kernels, name), len(arrays[0]), 2**20, rest, *arrays)
+
+
+def inverses(A: Tensor) -> Tensor:
+    """The inverses of many small matrices, [D, N, N], which must have one."""
+    return _Inverses.apply(A) if dispatch.compiled(A) else torch.linalg.inv(A)
+
+
+class _Inverses(torch.autograd.Function):
+    """For small matrices, elimination in the cache beats a call to LAPACK for each."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor) -> Tensor:
+        from remanence.ops import dense_ssm_kernels
+        from remanence.ops.compiled import spread
+
+        inverse = A.detach().clone(memory_format=torch.contiguous_format)
+        spread(dense_ssm_kernels.inverses, len(A), A.numel() * A.shape[1], inverse.numpy())
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grads[0] @ inverse.mT)
 
 
 def dense_ssm_carry(u: Tensor, transition: Tensor, write: Tensor) -> tuple[Tensor, Tensor]:
