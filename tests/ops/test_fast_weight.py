@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError
 from remanence.ops.fast_weight import fast_weight, fast_weight_reference, fast_weight_state, momentum_coefficients
 from remanence.ops.inner_network import inner_gradient
 from remanence.ops.objectives import OBJECTIVES
-from remanence.ops.retention import RETENTIONS, Elastic, Lq
+from remanence.ops.retention import RETENTIONS, Divergence, Elastic, Lq, Sequential, Shrink
 from remanence.state import concat, flatten, nbytes, select
 
 B, H, K = 2, 2, 3
@@ -219,6 +220,10 @@ RULES = {
     "retention smooth": {"retention": Elastic(0.01, smooth=True)},
     "retention l2": {"retention": Lq(2.0)},
     "retention softmax, stale": {"retention": RETENTIONS["softmax"], "read": "anchor"},
+    "retention shrink, window": {"retention": Shrink(0.3), "window": 3, "read": "before", "order": 2},
+    "retention shrink, no momentum": {"retention": Shrink(0.3), "order": 0, "read": "anchor"},
+    "retention shrink, orthogonal": {"retention": Shrink(0.3), "orthogonal": 2},
+    "retention kl": {"retention": Divergence(1.0, 2.0), "gated": True},
     "threshold": {"objective": OBJECTIVES["huber"], "threshold": True, "window": 3},
     "norm": {"norm": True, "residual": True, "bound": 0.5},
     "gated": {"gated": True, "residual": True, "bound": 0.5},
@@ -291,7 +296,7 @@ def test_every_rule_is_the_recurrence(name, cuts):
             "order": st.integers(0, 2),
             "window": st.sampled_from([0, 2, 4]),
             "objective": st.sampled_from([OBJECTIVES[n] for n in ("squared", "dot", "huber-coordinate", "shifted")]),
-            "retention": st.sampled_from([None, RETENTIONS["lq"], RETENTIONS["softmax"]]),
+            "retention": st.sampled_from([None, *(RETENTIONS[n] for n in ("lq", "softmax", "shrink", "hellinger"))]),
             "read": st.sampled_from(["after", "before", "anchor"]),
             "gated": st.booleans(),
             "norm": st.booleans(),
@@ -314,12 +319,17 @@ def test_any_mixture_of_rules_is_the_recurrence_at_any_cut(T, cuts, chunk_size, 
 
 @pytest.mark.parametrize("name", RETENTIONS)
 def test_a_retention_moves_no_further_than_it_says(name):
-    g = torch.Generator().manual_seed(6)
+    g, each, one = torch.Generator().manual_seed(6), RETENTIONS[name], torch.ones((), dtype=torch.float64)
     A = torch.randn(5, 4, 3, generator=g, dtype=torch.float64)
-    J = torch.func.vmap(torch.func.jacrev(RETENTIONS[name].link))(A).reshape(5, 12, 12)
-    if RETENTIONS[name].frozen:
-        J = RETENTIONS[name].factor(A) * torch.eye(12)
-    assert (torch.linalg.matrix_norm(J, 2) <= RETENTIONS[name].gain(A) * (1 + 1e-9)).all()
+    if isinstance(each, Sequential):
+        A = each.start(A)
+        rows = [jacobian(lambda x, W=W: each.move(W, one, x, one), torch.zeros_like(W)) for W in A]
+        J = torch.stack(rows).reshape(5, 12, 12)
+    elif each.frozen:
+        J = each.factor(A) * torch.eye(12)
+    else:
+        J = torch.func.vmap(torch.func.jacrev(each.link))(A).reshape(5, 12, 12)
+    assert (torch.linalg.matrix_norm(J, 2) <= each.gain(A) * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize("each", [Lq(), Lq(2.0), Lq(2.5, "mirror"), Lq(4.0, "mirror"), Elastic()])

@@ -15,7 +15,7 @@ from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, s
 from remanence.ops.fast_weight import READS, fast_weight, fast_weight_state
 from remanence.ops.inner_network import fast_weight_read
 from remanence.ops.objectives import OBJECTIVES, Huber, Objective, PNorm
-from remanence.ops.retention import RETENTIONS, Lq, Retention
+from remanence.ops.retention import RETENTIONS, Divergence, Lq, Retention, Softmax
 from remanence.state import State, flatten
 
 STRUCTURES = ("vector", "matrix", "mlp", "gated")
@@ -274,7 +274,7 @@ def misfit(
     """Why these answers make no memory, or None where they do."""
     if structure == "vector" and orthogonal:
         return "optimizer 'muon' needs a matrix: of a vector's single numbers it keeps the sign alone."
-    if structure == "vector" and retention is not None and type(retention).__name__ in ("Lq", "Softmax"):
+    if structure == "vector" and retention is not None and isinstance(retention, Lq | Softmax | Divergence):
         return (
             f"retention {type(retention).__name__} shares a norm among the weights of a matrix; a vector's are single."
         )

@@ -71,6 +71,26 @@ class PNorm:
 
 
 @dataclass(frozen=True)
+class LogCosh:
+    """Σ log cosh(se)/s, the "value-less" memory with a smooth sign: the slope is tanh(se), with s = 10 in the paper."""
+
+    sharpness: float = 10.0
+    thresholds = False
+    targets = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sharpness < math.inf:
+            raise ValueError(f"LogCosh: sharpness must be above 0 and finite, got {self.sharpness}.")
+
+    def loss(self, prediction: Tensor, value: Tensor, threshold: Tensor | None = None) -> Tensor:
+        x = (self.sharpness * (prediction - value)).abs()
+        return ((x + F.softplus(-2 * x) - math.log(2)) / self.sharpness).sum(-1)  # cosh itself overflows
+
+    def slope(self, prediction: Tensor, value: Tensor, threshold: Tensor | None = None) -> Tensor:
+        return (self.sharpness * (prediction - value)).tanh()
+
+
+@dataclass(frozen=True)
 class Huber:
     """½‖e‖² up to a threshold δ, linear beyond, so that an outlier pulls no harder than δ.
 
@@ -130,12 +150,13 @@ class Shifted:
         return e + self.shift * F.normalize(e, dim=-1)
 
 
-Objective = Squared | Dot | PNorm | Huber | Shifted
+Objective = Squared | Dot | PNorm | LogCosh | Huber | Shifted
 OBJECTIVES: dict[str, Objective] = {
     "squared": Squared(),
     "dot": Dot(),
     "p-norm": PNorm(),
     "absolute": PNorm(1.0),
+    "log-cosh": LogCosh(),
     "huber": Huber(),
     "huber-coordinate": Huber("coordinate"),
     "huber-mixture": Huber("mixture"),

@@ -9,7 +9,7 @@ from remanence.ops.chunk_rule import Coefficients, after_chunk
 from remanence.ops.decay import cumulative, lower_decay
 from remanence.ops.inner_network import Affine, Weights, network
 from remanence.ops.newton_schulz import newton_schulz
-from remanence.ops.retention import Retention
+from remanence.ops.retention import Retention, Sequential
 
 
 def token_weights(
@@ -28,10 +28,14 @@ def token_weights(
     gated: bool,
     norm: Affine | None,
 ) -> tuple[Tensor, Weights, Weights | None]:
-    """As `fast_weight_chunk`, for rules that are not linear in the gradients: with the weights of every token."""
+    """As `fast_weight_chunk`, for rules that are not linear in the gradients: with the weights of every token.
+
+    Under a sequential retention `rule` is that of its steps: of a memory that keeps nothing.
+    """
     step, retain_log, momentum_log = gates
     layers, every, pushed = len(weights), [], []
     decay = lower_decay(cumulative(retain_log, -1), step.dtype)
+    sequential = link if isinstance(link, Sequential) else None
     for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
         u = (delta[..., :, None] * x[..., None, :]).flatten(-2)
         if orthogonal:
@@ -43,14 +47,18 @@ def token_weights(
                 S = S + E.exp().to(step.dtype)[..., None] * momentum[i].flatten(-2)[..., None, :]
                 pushed.append(S[..., -1, :].unflatten(-1, W.shape[-2:]))
             O = newton_schulz(S.unflatten(-1, W.shape[-2:]), orthogonal).flatten(-2)
-            moved = decay @ (step[..., None] * O)
+            moved = step[..., None] * O
+            moved = moved if sequential else decay @ moved
         else:
             moved = -(rule.write @ u)
             if momentum is not None and rule.push is not None:
                 moved = moved + rule.push[..., None] * momentum[i].flatten(-2)[..., None, :]
                 if rule.second is not None:
                     moved = moved + rule.second.push[..., None] * momentum[layers + i].flatten(-2)[..., None, :]
-        A = (rule.retain[..., None] * W.flatten(-2)[..., None, :] + moved).unflatten(-1, W.shape[-2:])
+        if sequential is None:
+            A = (rule.retain[..., None] * W.flatten(-2)[..., None, :] + moved).unflatten(-1, W.shape[-2:])
+        else:
+            A = _in_turn(W, retain_log.exp(), moved.unflatten(-1, W.shape[-2:]), step, sequential)
         every.append(A)
     if not orthogonal:
         pushed = after_chunk(inputs, deltas, weights, momentum, rule)[1] or []
@@ -64,3 +72,12 @@ def token_weights(
 
     y = query if read == "anchor" else network(query, linear, layers, residual, gated, norm)
     return y, [A[:, :, -1] for A in every], (None if momentum is None else pushed)
+
+
+def _in_turn(W: Tensor, retain: Tensor, moved: Tensor, step: Tensor, retention: Sequential) -> Tensor:
+    """The weights of every token [B, H, C, out, in], each from those before."""
+    every = []
+    for t in range(moved.shape[2]):
+        W = retention.move(W, retain[:, :, t, None, None], moved[:, :, t], step[:, :, t, None, None])
+        every.append(W)
+    return torch.stack(every, 2)
