@@ -5,9 +5,9 @@
     python benchmarks/network_memories.py --ttt ttt-lm-pytorch/ttt.py
 
 Width 512, 8 heads of 64, perceptrons of two layers with 256 hidden features; chunks of 64 tokens (Titans) and 16 (TTT);
-float32. One line for each peer that can be imported, and one for ours at the same sizes; every cell is measured in a
-process of its own, the shortest of several runs, and peers and ours take turns. *Tokens/s* is forward plus backward of
-the whole layer; *extra* how far the peak rises above the layer and its input; *decoding* one token after the other.
+float32. One line for each peer that can be imported, and one or two for ours at the same sizes; every cell is measured
+in a process of its own, the shortest of several runs, and peers and ours take turns. *Tokens/s* is forward plus backward
+of the whole layer; *extra* how far the peak rises above the layer and its input; *decoding* one token after the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ import remanence  # noqa: F401  (before the first tensor, so that its settings o
 
 WIDTH, HEADS = 512, 8
 SIZES = [(1, 2048), (1, 8192), (8, 2048)]
-PAIRS = {"titans-pytorch": "titans", "TTT-Linear, its authors'": "ttt", "TTT-MLP, its authors'": "ttt-mlp"}
+STALE = "titans, read=anchor"
+PAIRS = {
+    "titans-pytorch": ("titans", STALE),
+    "TTT-Linear, its authors'": ("ttt",),
+    "TTT-MLP, its authors'": ("ttt-mlp",),
+}
+"""Peers, and those of ours that take their turns with them. titans-pytorch reads one chunk late, as the second does."""
 State = Any
 Layer = Callable[[Tensor, State], tuple[Tensor, State]]
 
@@ -37,7 +43,7 @@ Layer = Callable[[Tensor, State], tuple[Tensor, State]]
 def ours(name: str) -> tuple[torch.nn.Module, Layer]:
     from remanence.memory import make
 
-    layer = make(name, WIDTH, heads=HEADS)
+    layer = make("titans", WIDTH, heads=HEADS, read="anchor") if name == STALE else make(name, WIDTH, heads=HEADS)
     return layer, layer
 
 
@@ -109,6 +115,13 @@ def decode(name: str, path: str, tokens: int = 256) -> dict[str, float]:
     return {"seconds": late[len(late) // 2]}
 
 
+def ratio(ours: dict[str, float] | str, theirs: dict[str, float] | str) -> str:
+    """Times as many tokens per second, and the share of the memory."""
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return ""
+    return f"{ours['tokens'] / theirs['tokens']:.2f} × ({ours['extra'] / max(theirs['extra'], 1):.2f} ×)"
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--ttt", default="", help="path of the TTT authors' ttt.py")
@@ -140,7 +153,7 @@ def main() -> None:
     for peer, mine in PAIRS.items():
         if "TTT" in peer and not given.ttt:
             continue
-        rows: dict[str, list[dict[str, float] | str]] = {peer: [], mine: []}
+        rows: dict[str, list[dict[str, float] | str]] = {name: [] for name in (peer, *mine)}
         for batch, length in sizes:
             for name, cells in rows.items():
                 cells.append(cell(name, batch, length))
@@ -150,9 +163,9 @@ def main() -> None:
             last = one if isinstance(one, str) else f"{1e3 * one['seconds']:.2f} ms"
             count = next((f"{c['parameters']:,.0f}" for c in cells if not isinstance(c, str)), "")
             print(f"| {name} | {count} | " + " | ".join(texts) + f" | {last} |", flush=True)
-        pairs = [p for p in zip(*rows.values(), strict=True) if not isinstance(p[0], str) and not isinstance(p[1], str)]
-        ratios = [f"{b['tokens'] / a['tokens']:.2f} × ({b['extra'] / max(a['extra'], 1):.2f} ×)" for a, b in pairs]  # type: ignore[index]
-        print("| ours / theirs | | " + " | ".join(ratios) + " | |", flush=True)
+        theirs = rows.pop(peer)
+        for name, cells in rows.items():
+            print(f"| {name} / {peer} | | " + " | ".join(map(ratio, cells, theirs)) + " | |", flush=True)
 
 
 if __name__ == "__main__":
