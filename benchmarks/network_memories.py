@@ -6,8 +6,8 @@
 
 Width 512, 8 heads of 64, perceptrons of two layers with 256 hidden features; chunks of 64 tokens (Titans) and 16 (TTT);
 float32. One line for each peer that can be imported, and one or two for ours at the same sizes; every cell is measured
-in a process of its own, the shortest of several runs, and peers and ours take turns. *Tokens/s* is forward plus backward
-of the whole layer; *extra* how far the peak rises above the layer and its input; *decoding* one token after the other.
+in a process of its own, the shortest of several runs, and peers and ours take turns. *Tokens/s*: forward plus backward
+of the whole layer; *extra*: how far the peak rises above layer and input; *decoding*: one token after the other.
 """
 
 from __future__ import annotations
