@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from remanence.errors import ShapeError
 from remanence.ops import dispatch
 from remanence.ops.dense_ssm import dense_ssm, dense_ssm_carry, dense_ssm_reference, inverses, krylov, squarings
-from remanence.ops.long_conv import _fast_size, dilated_conv, long_conv, long_conv_reference
+from remanence.ops.long_conv import _fast_size, basis_conv, dilated_conv, long_conv, long_conv_reference
 
 CUTS = st.lists(st.integers(0, 150), max_size=3)
 LENGTHS = st.sampled_from([0, 1, 2, 5, 31, 64, 65, 150])
@@ -31,6 +31,28 @@ def test_long_conv_with_any_cuts_is_the_loop(obeys, draw, T, L, cuts, mixing, gi
         others=[kernel],
         axis=1,
     )
+
+
+@settings(deadline=None, max_examples=25)
+@given(T=st.sampled_from([0, 1, 2, 63, 64, 65, 513, 1100]), L=st.sampled_from([1, 2, 17, 90]), data=st.data())
+def test_a_kernel_of_few_functions_is_never_formed(obeys, draw, T, L, data):
+    noise = draw(T)
+    basis, weight = noise(3, L), noise(5, 2, 3)
+    given_state = data.draw(st.booleans())
+    obeys(
+        lambda x, state: basis_conv(x, basis, weight, state),
+        lambda x, state: long_conv(x, weight @ basis, state),
+        [noise(2, T, 2)],
+        sorted(data.draw(st.lists(st.integers(0, T), max_size=2))),
+        {"tail": noise(2, L - 1, 2)} if given_state else None,
+        others=[basis, weight],
+        axis=1,
+    )
+
+
+def test_a_kernel_of_few_functions_can_be_differentiated_twice(draw):
+    noise = draw(0)
+    assert torch.autograd.gradgradcheck(lambda *x: basis_conv(*x)[0], [noise(1, 4, 2), noise(2, 3), noise(3, 2, 2)])
 
 
 def test_many_blocks_are_a_depthwise_convolution(draw):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import Derived, wide, zeros
-from remanence.ops.long_conv import long_conv
+from remanence.ops.long_conv import basis_conv, long_conv
 from remanence.state import State
 
 
@@ -25,9 +25,12 @@ class NormedLinear(nn.Linear):
         nn.init.uniform_(self.bias, -1, 1)
         self.gain = nn.Parameter(self.weight.detach().norm(dim=1))
 
+    def scaled(self) -> Tensor:
+        """The weights at their lengths, [out, in]."""
+        return wide(self.gain)[:, None] * F.normalize(wide(self.weight), dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
-        weight = wide(self.gain)[:, None] * F.normalize(wide(self.weight), dim=1)
-        return F.linear(x, weight, wide(self.bias))
+        return F.linear(x, self.scaled(), wide(self.bias))
 
 
 class KernelNet(nn.Sequential):
@@ -43,11 +46,15 @@ class KernelNet(nn.Sequential):
         )
         self.omega = omega
 
-    def forward(self, position: Tensor) -> Tensor:
+    def sines(self, position: Tensor) -> Tensor:
+        """What the last, linear map reads: [L, hidden]."""
         x = position[:, None]
-        for i, layer in enumerate(self):
-            x = layer(torch.sin(self.omega * x) if i else x)
+        for layer in list(self)[:-1]:
+            x = torch.sin(self.omega * layer(x))
         return x
+
+    def forward(self, position: Tensor) -> Tensor:
+        return self[-1](self.sines(position))
 
 
 @card(
@@ -86,7 +93,7 @@ class CKConv(Memory):
         self.mix = () if depthwise else (dim,)
         self.net = KernelNet(math.prod((*self.mix, dim)), hidden=hidden, omega=omega)
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.sampled = Derived(self.sample)
+        self.sampled = Derived(self.factors)
 
     def at_rate(self, rate: float) -> CKConv:
         """The same convolution (the parameters are shared) for signals sampled `rate` times as finely as in training.
@@ -96,28 +103,33 @@ class CKConv(Memory):
         if not rate > 0:
             raise ValueError(f"CKConv: rate must be above 0, got {rate}.")
         other = copy.copy(self)
-        other.rate, other.sampled, other._form = rate, Derived(other.sample), None
+        other.rate, other.sampled, other._form = rate, Derived(other.factors), None
         return other
 
     @property
     def taps(self) -> int:
         return int((self.horizon - 1) * self.rate) + 1
 
-    def sample(self, *_: Tensor) -> Tensor:
-        """The kernel at this rate, from its parameters: [dim, dim, taps], or [dim, taps] where depthwise."""
+    def factors(self, *_: Tensor) -> tuple[Tensor, Tensor]:
+        """The functions of time [hidden + 1, taps] at this rate, and their share in each kernel [..., hidden + 1]."""
         lag = torch.arange(self.taps, dtype=torch.float64, device=self.bias.device)
         position = 1 - lag * (2 / (max(self.horizon - 1, 1) * self.rate))
-        kernel = self.net(position.to(wide(self.bias))).mT / self.rate
+        basis = F.pad(self.net.sines(position.to(wide(self.bias))), (0, 1), value=1.0).mT / self.rate
         reach = int(self.rate) if self.rate > 1 else 0
         if reach and self.taps > 2 * reach:
-            near = torch.arange(-reach, reach + 1, device=kernel.device, dtype=kernel.dtype)
+            near = torch.arange(-reach, reach + 1, device=basis.device, dtype=basis.dtype)
             blur = torch.softmax(-2 * near.square(), 0)
-            inside = F.conv1d(kernel[:, None], blur[None, None])[:, 0]
-            kernel = torch.cat([kernel[:, :reach], inside, kernel[:, -reach:]], 1)
-        return kernel.unflatten(0, (*self.mix, self.dim))
+            inside = F.conv1d(basis[:, None], blur[None, None])[:, 0]
+            basis = torch.cat([basis[:, :reach], inside, basis[:, -reach:]], 1)
+        last = self.net[-1]
+        assert isinstance(last, NormedLinear)
+        weight = torch.cat([last.scaled(), wide(last.bias)[:, None]], 1)
+        return basis, weight.unflatten(0, (*self.mix, self.dim))
 
     def kernel(self) -> Tensor:
-        return self.sampled(*self.net.parameters())
+        """[dim, dim, taps], or [dim, taps] where depthwise."""
+        basis, weight = self.sampled(*self.net.parameters())
+        return weight @ basis
 
     def penalty(self) -> Tensor:
         """The paper's regulariser: the L2 norms of the sampled kernel and of the bias."""
@@ -128,7 +140,11 @@ class CKConv(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        y, state = long_conv(wide(x), self.kernel(), state)
+        basis, weight = self.sampled(*self.net.parameters())
+        if self.mix:
+            y, state = basis_conv(wide(x), basis, weight, state)
+        else:
+            y, state = long_conv(wide(x), weight @ basis, state)
         return (y + wide(self.bias)).to(x.dtype), state
 
 

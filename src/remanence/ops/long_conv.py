@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype
 from remanence.ops.taps import tapped
 from remanence.state import State
 
+BLOCK, GROUP = 64, 512
+"""Tokens that are convolved by one product, and those whose convolutions are held at once."""
 FEW = 4
 """Up to so many tokens are summed directly: a transform would cost more."""
 
@@ -74,6 +77,41 @@ def _fast_size(least: int) -> int:
     """The next length 2ᵏ or 3·2ᵏ, which transforms are fast at."""
     power = 1 << (least - 1).bit_length()
     return 3 * power // 4 if least <= 3 * power // 4 and power >= 4 else power
+
+
+@tapped
+def basis_conv(x: Tensor, basis: Tensor, weight: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    """`long_conv` with the mixing kernel `weight` @ `basis`: few functions of the lag, whose products are never formed.
+
+    Every feature is convolved with each function, by products with Toeplitz matrices; then one map mixes them all.
+
+    Shapes: `x` [B, T, D], any T ≥ 0; `basis` [H, L], L ≥ 1; `weight` [O, D, H]; y [B, T, O]; state {"tail":
+    [B, L − 1, D]}. Cost per token: H · D · (O + L + 64) products; memory for the gradients as for the inputs alone.
+    Raises: `ShapeError`.
+    """
+    expect("basis_conv", "basis", basis, "functions length")
+    H, L = basis.shape
+    expect("basis_conv", "weight", weight, "features_out features functions", functions=H)
+    expect("basis_conv", "x", x, "batch time features", features=weight.shape[1])
+    T = x.shape[1]
+    seen = torch.cat([_tail(x, basis, state), x], 1)
+    basis, mix = basis.to(seen.dtype), weight.to(seen.dtype).permute(2, 1, 0).flatten(0, 1)
+    C = max(1, min(T, BLOCK))
+    shifted = torch.nn.functional.pad(basis.flip(-1), (C - 1, C - 1)).unfold(-1, C + L - 1, 1).flip(1)
+    toeplitz = shifted.transpose(0, 1).flatten(0, 1)  # row (t, h), column s: h at lag t + L − 1 − s
+
+    def piece(window: Tensor, toeplitz: Tensor, mix: Tensor) -> Tensor:
+        n = window.shape[1] - L + 1
+        rows = torch.nn.functional.pad(window, (0, 0, 0, -n % C)).unfold(1, C + L - 1, C).mT
+        return (toeplitz @ rows).unflatten(2, (C, -1)).flatten(3).flatten(1, 2)[:, :n] @ mix
+
+    y = [x.new_zeros(x.shape[0], 0, weight.shape[0], dtype=seen.dtype)]
+    for start in range(0, T, GROUP):
+        window = seen[:, start : start + GROUP + L - 1]
+        parts = window, toeplitz, mix
+        again = T > GROUP and torch.is_grad_enabled()
+        y.append(checkpoint(piece, *parts, use_reentrant=False, preserve_rng_state=False) if again else piece(*parts))
+    return torch.cat(y, 1).to(x.dtype), {"tail": seen[:, T:]}
 
 
 def dilated_conv(x: Tensor, weight: Tensor, dilation: int, state: State | None = None) -> tuple[Tensor, State]:
