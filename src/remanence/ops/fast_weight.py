@@ -58,6 +58,7 @@ from remanence.ops.inner_network import (
 )
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.objectives import Objective, Squared
+from remanence.ops.orthogonal import orthogonal_tokens, worth
 from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
 from remanence.ops.retention import Retention, Sequential
 from remanence.ops.taps import tapped
@@ -308,7 +309,7 @@ def fast_weight(
             network it lets layers feed each other's growth: its steps are kept at or below (1 − η) · (1 − a) · bound ·
             √out / ‖u‖ in every layer, so that none outgrows its decay. None: θ as given.
         remake: make what happens within a chunk again for the gradient rather than keep it: of every chunk only the
-            state is kept (the nonlinear rules always do so). Changes time and memory, never the result.
+            state is kept (the nonlinear rules do so anyway). Changes time and memory, never the result.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
             a call may cut a chunk, the rule must compose: two pieces in turn equal one.
 
@@ -337,6 +338,10 @@ def fast_weight(
     fused = simple and compiled(query)
     single = simple and norm is None and read == "after" and query.shape[2] == 1 and not torch.is_grad_enabled()
 
+    def separate(q: Tensor) -> bool:
+        mine = orthogonal and retention is None and read != "anchor"
+        return bool(mine) and worth(q, list(state["weight"].values()), orthogonal)
+
     def piece(
         x: dict[str, Tensor], seen: dict[str, Tensor], pos: Tensor, anchor: Weights, W: Weights, S: Weights | None
     ) -> tuple[Tensor, Weights, Weights | None]:
@@ -358,6 +363,10 @@ def fast_weight(
             )
         log, eta_log = logs[:2]
         assert log is not None
+        if separate(x["query"]):
+            return orthogonal_tokens(
+                x["query"], near, deltas, W, S, (theta, log, eta_log), band, orthogonal, read, residual, gated, norm
+            )  # fmt: skip
         kept = [torch.full_like(log, FLOOR) if sequential else log, *logs[1:]]
         c = coefficients(theta, *kept) if logs[2] is not None else coefficients(theta, *kept[:2])
         if band is not None:
@@ -420,7 +429,7 @@ def fast_weight(
                     out, W, S = checkpoint(whole, part, W, S, use_reentrant=False, preserve_rng_state=False)
                 else:
                     out, W, S = whole(part, W, S)
-            elif (remake or nonlinear) and torch.is_grad_enabled():
+            elif (remake or (nonlinear and not separate(part["query"]))) and torch.is_grad_enabled():
                 out, W, S = checkpoint(piece, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 out, W, S = piece(*arguments)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7
 
 
-def newton_schulz(x: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def newton_schulz(x: Tensor, steps: int = 5, eps: float = EPS) -> Tensor:
     r"""$X ← x / ‖x‖_F$, then `steps` times $X ← aX + (bB + cB^2)X$, $B = XX^\top$: about $UV^\top$ of $x = UΣV^\top$.
 
     The coefficients are chosen for speed: singular values that were not tiny end within about (0.6, 1.2), not at one.
