@@ -256,6 +256,9 @@ def bench(
         list[str] | None, typer.Option(help="A memory or pattern to compare ('3*gla, softmax'); may be given again.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of data and weights.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="How many seeds, from that one on: means, and how far single ones lie.")
+    ] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter training.")] = False,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE: pairs=16, steps=800, dim=32; may be given again.")
@@ -281,7 +284,8 @@ def bench(
         def told(what: str, which: int, of: int) -> None:
             status.update(f"{which} of {of}: {escape(what)}")
 
-        rows = benchmarks.run(name, memories=memory or None, seed=seed, quick=quick, on_progress=told, **settings)
+        how: dict[str, Any] = {"seed": seed, "seeds": seeds, "quick": quick, "on_progress": told}
+        rows = benchmarks.run(name, memories=memory or None, **how, **settings)
     if picture is not None:
         draw(rows, picture, name)
     if as_json:

@@ -144,6 +144,21 @@ def test_a_run_has_a_row_for_each_memory_and_repeats_itself():
     assert rows == figures()
 
 
+def test_several_seeds_give_means_and_how_far_single_ones_lie():
+    settings = {"steps": 2, "batch": 4, "dim": 8, "layers": 1, "pairs": 2, "pause": 2}
+    single = [benchmarks.run("mqar", ["min-lstm", "gla"], seed=seed, **settings) for seed in (3, 4, 5)]
+    rows = benchmarks.run("mqar", ["min-lstm", "gla"], seed=3, seeds=3, **settings)
+    assert [row["memory"] for row in rows] == [row["memory"] for row in single[0]]
+    for row, *own in zip(rows, *single, strict=True):
+        losses = [one["loss"] for one in own]
+        assert row["loss"] == pytest.approx(sum(losses) / 3)
+        assert row["spread"]["loss"] == pytest.approx(max(abs(loss - row["loss"]) for loss in losses))
+        assert row["spread"]["loss"] > 0
+        assert row["state_bytes"] == own[0]["state_bytes"]
+    with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
+        benchmarks.run("mqar", ["gla"], seeds=0)
+
+
 def test_a_vector_memory_learns_to_copy_one_letter_and_untrained_it_does_not():
     task = {"copying": Copying(1, 4)}
     options = {"dim": 16, "layers": 1, "batch": 32, "rate": 1e-2}

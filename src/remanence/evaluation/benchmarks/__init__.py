@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from remanence import catalogue
 from remanence.catalogue import card
 from remanence.errors import unknown
-from remanence.evaluation.benchmarks.tasks import S5, Copying, Parity, Recall, Task
+from remanence.evaluation.benchmarks.tasks import S5, Copying, Parity, Rebound, Recall, Task
 
 if TYPE_CHECKING:
     from remanence.evaluation.benchmarks.training import Entry, Progress
@@ -47,8 +47,11 @@ class Suite:
     says="Multi-query associative recall: the value that once followed each key, asked after a pause.",
     source="arXiv:2312.04927",
 )
-def recall(pairs: int = 4, pause: int = 16, symbols: int = 8) -> dict[str, Task]:
-    return {"mqar": Recall(pairs, pause, symbols)}
+def recall(
+    pairs: int = 4, pause: int = 16, symbols: int = 8, together: bool = False, times: int = 1
+) -> dict[str, Task]:
+    """`times` above 1 binds each key as often, key and value in one token, and asks for the latest value."""
+    return {"mqar": Rebound(pairs, pause, symbols, times) if times > 1 else Recall(pairs, pause, symbols, together)}
 
 
 @card(
@@ -98,6 +101,7 @@ def run(
     memories: Sequence[str] | None = None,
     *,
     seed: int = 0,
+    seeds: int = 1,
     quick: bool = False,
     on_progress: Progress | None = None,
     **settings: Any,
@@ -109,13 +113,18 @@ def run(
         memories: names from the catalogue, or patterns such as `"3*gla, softmax"`; None compares `MEMORIES`, or what
             the benchmark does when none is named.
         seed: of data and weights.
+        seeds: how many to do all with, from `seed` on. Rows then hold means, and under "spread", by column, how far the
+            scores of single seeds lie from them at most.
         quick: half the steps: some seconds for each memory, not always enough to learn what it could.
         on_progress: is told what is about to be trained, the how-manieth it is, and of how many.
         settings: of the benchmark itself (`pairs=16`), or of `remanence.evaluation.benchmarks.training.run_benchmark`:
-            steps, dim, layers, batch, rate.
+            steps, dim, layers, batch, rate, mixers.
 
-    Raises: `UnknownName`, with the nearest name, for a benchmark, memory or setting that there is not.
+    Raises: `UnknownName`, with the nearest name, for a benchmark, memory or setting that there is not; `ValueError` for
+        no seeds.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}.")
     from remanence.evaluation.benchmarks.training import STEPS, run_benchmark
 
     make = catalogue.find(name, "benchmark").make
@@ -123,7 +132,9 @@ def run(
     made = make(**{k: v for k, v in settings.items() if k in own})
     suite = made if isinstance(made, Suite) else Suite(made)
     training = {"steps": STEPS, **(suite.training or {})}
-    common = {"steps", "dim", "layers", "batch", "rate", "arguments"} if suite.measure is None else set(training)
+    common = (
+        {"steps", "dim", "layers", "batch", "rate", "mixers", "arguments"} if suite.measure is None else set(training)
+    )
     for setting in settings:
         if setting not in own | common:
             raise unknown(f"setting of {name}", setting, own | common - {"arguments"})
@@ -132,4 +143,23 @@ def run(
     training |= {k: v for k, v in settings.items() if k not in own}
     entries = suite.entries(suite.memories if memories is None else memories)
     measure = suite.measure or run_benchmark
-    return measure(suite.tasks, entries, seed=seed, on_progress=on_progress, **training)
+    found = []
+    for each in range(seed, seed + seeds):
+        found += measure(suite.tasks, entries, seed=each, on_progress=on_progress, **training)
+    return found if seeds == 1 else _means(found)
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for those of the same task and memory; what one seed could not measure, the mean leaves out."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row.get(name) for name in ("task", "memory", "not_measured")), []).append(row)
+    means = []
+    for same in alike.values():
+        mean, spread = dict(same[0]), {}
+        for column in [c for c in mean if any(isinstance(row[c], float) for row in same)]:
+            values = [row[column] for row in same if row[column] is not None]
+            mean[column] = sum(values) / len(values)
+            spread[column] = max(abs(value - mean[column]) for value in values)
+        means.append(mean | {"spread": spread} if spread else mean)
+    return means

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import JustifyMethod
 from rich.table import Table
 
-LAST = ("loss", "chance", "state_bytes", "parameters", "seconds")
+LAST = ("loss", "chance", "state_bytes", "parameters", "seconds", "spread")
 """What stands after the scores in every row."""
 
 
@@ -22,13 +22,13 @@ def show(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """A table for each set of columns: tasks that are examined alike stand together."""
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        alike.setdefault(tuple(row), []).append(row)
+        alike.setdefault(tuple(name for name in row if name != "spread"), []).append(row)
     return [_table(columns, own) for columns, own in alike.items()]
 
 
 def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    cells = [[_cell(name, row[name]) for name in columns] for row in rows]
+    cells = [[_cell(name, row[name], row.get("spread", {}).get(name)) for name in columns] for row in rows]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
         heading = name.replace("_", " ").split()
         longest = max(len(word) for cell in (*heading, *column) for word in cell.split())
@@ -39,10 +39,13 @@ def _table(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: Any, spread: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) and name != "seconds" else str(value)
+    if name == "seconds":
+        return f"{value:.1f}"
+    told = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{told} ±{spread:.3f}" if spread else told
 
 
 def draw(rows: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
