@@ -14,7 +14,7 @@ from remanence.evaluation.benchmarks.disjointness import Disjointness
 from remanence.evaluation.benchmarks.picture import draw, show
 from remanence.evaluation.benchmarks.retrieval import Count, Index, IsTree, NextLetter
 from remanence.evaluation.benchmarks.selectivity import Selectivity
-from remanence.evaluation.benchmarks.tasks import GroupedBatch, Parity, Recall, score
+from remanence.evaluation.benchmarks.tasks import GroupedBatch, Parity, Rebound, Recall, score
 from remanence.evaluation.benchmarks.training import Entry, examine, run_benchmark
 from remanence.streams.grammar import Grammar
 
@@ -23,6 +23,7 @@ TASKS = [
     Lags(8, 5, only=4),
     Stretched(Recall(3, 4, 6)),
     Recall(3, 4, 6, together=True),
+    Rebound(3, 2, 6, times=3),
     Disjointness(2, 5, 12),
     Disjointness(3, 5, 12, "long", repeat=True),
     Index(20, 6),
@@ -100,6 +101,13 @@ def test_who_reads_the_inputs_can_answer_everything(task):
             assert all(len(pair) == 2 for pair in told)
             assert answers[-3:].tolist() == [dict(told)[int(key)] for key in row[-3:].argmax(-1)]
             assert (row[3:].sum(-1) == 1).all()
+        return
+    if isinstance(task, Rebound):
+        for row, answers in zip(inputs, targets, strict=True):
+            told = [tuple(token.nonzero()[:, 0].tolist()) for token in row[:9]]
+            assert sorted(Counter(key for key, _ in told).values()) == [3, 3, 3]
+            assert answers[-3:].tolist() == [dict(told)[int(key)] for key in row[-3:].argmax(-1)]
+            assert (row[9:].sum(-1) == 1).all()
         return
     if isinstance(task, Selectivity):
         symbols = torch.where(inputs.sum(-1) > 0, inputs.argmax(-1), -1)
@@ -236,3 +244,14 @@ def test_a_benchmark_of_sizes_has_a_row_for_each_and_a_picture(tmp_path):
     assert len(re.findall("min-lstm|gla", (tmp_path / "recall.svg").read_text())) >= 2
     (table,) = show(rows)
     assert table.row_count == 4
+
+
+def test_who_knows_the_values_of_a_key_but_not_which_came_last_gets_chance():
+    task = Rebound(4, 0, 32, times=2)
+    inputs, targets, mask = task.draw(500, generator(8))
+    told = inputs[:, :8, :32] @ inputs[:, 8:, :32].transpose(1, 2) > 0  # [row, what was told, query]: the same key
+    first, last = (told.int() * w[:, None] for w in (torch.arange(8, 0, -1), torch.arange(1, 9)))
+    values = inputs[:, :8, 32:].argmax(-1) + 32
+    early, late = (values.gather(1, when.argmax(1)) for when in (first, last))
+    assert torch.equal(late, targets[mask].view(500, 4))
+    assert abs(float((early == late).float().mean()) / 2 + 1 / 2 - task.chance) < 0.03  # values agree by chance

@@ -187,6 +187,12 @@ def test_state_bytes_are_what_the_docstrings_say() -> None:
     assert nbytes(Griffin(16).initial_state(1)) == 4 * (16 + 3 * 16) + 1
 
 
+def test_a_convolution_of_one_token_starts_as_the_identity() -> None:
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(ShortConv(8, 1)(x)[0], x)
+    assert not torch.equal(ShortConv(8, 2)(x)[0], x)
+
+
 @pytest.mark.parametrize("example", [0, 1, 2])
 def test_the_examples_of_the_docs_run(example: int) -> None:
     page = Path(__file__).parents[2] / "docs" / "memories.md"

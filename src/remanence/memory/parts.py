@@ -79,7 +79,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over the last `width` tokens.
+    """Causal depthwise convolution over the last `width` tokens; of one token alone it starts as the identity.
 
     Shapes: x and y [batch, time, dim]; state {"tail": [batch, width - 1, dim]}, the last raw inputs.
     """
@@ -90,6 +90,8 @@ class ShortConv(nn.Module):
             raise ValueError(f"ShortConv: width must be at least 1, got {width}.")
         bound = 1 / math.sqrt(width)
         self.weight = nn.Parameter(torch.empty(dim, width).uniform_(-bound, bound))
+        if width == 1:  # the published layers without a convolution scale nothing
+            nn.init.ones_(self.weight)
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def initial_state(self, batch: int) -> State:

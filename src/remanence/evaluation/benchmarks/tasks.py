@@ -142,6 +142,49 @@ class Recall(Task):
 
 
 @dataclass(frozen=True)
+class Rebound(Task):
+    """Recall of the latest: each of `pairs` keys is bound `times` times, in random order, then asked for once.
+
+    Keys are of `symbols`, values of as many more; a key and its value are one token, the sum of both (inputs are
+    features), and queries are keys alone. `chance` is that of who knows all values of the key, and not which came last.
+
+    Source: Zoology, arXiv:2312.04927, for the many queries; the rebinding is there to tell what overwrites from what
+        can only add.
+    """
+
+    pairs: int = 8
+    pause: int = 0
+    symbols: int = 16
+    times: int = 2
+
+    @property
+    def vocabulary(self) -> int:
+        return 2 * self.symbols + 1
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.times
+
+    def draw(self, batch: int, generator: torch.Generator) -> Batch:
+        told = self.times * self.pairs
+        keys = _distinct(batch, self.pairs, self.symbols, generator)
+        which = _distinct(batch, told, told, generator) % self.pairs
+        values = torch.randint(self.symbols, (batch, told), generator=generator) + self.symbols
+        latest = torch.zeros_like(keys).scatter_reduce(1, which, torch.arange(told).expand_as(which), "amax")
+        order = _distinct(batch, self.pairs, self.pairs, generator)
+        pause = torch.full((batch, self.pause), 2 * self.symbols)
+        tokens = torch.cat([keys.gather(1, which), pause, keys.gather(1, order)], 1)
+        inputs = torch.nn.functional.one_hot(tokens, self.vocabulary).float()
+        inputs[:, :told] += torch.nn.functional.one_hot(values, self.vocabulary)
+        targets = torch.zeros_like(tokens)
+        targets[:, -self.pairs :] = values.gather(1, latest.gather(1, order))
+        return Batch(inputs, targets, _from(told + self.pause, tokens))
+
+    def longer(self) -> Rebound:
+        return replace(self, pairs=min(2 * self.pairs, self.symbols))
+
+
+@dataclass(frozen=True)
 class Parity(Task):
     """Whether the ones so far are odd in number: the smallest state that no fixed depth of positive decays tracks.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from remanence import catalogue, state
 from remanence.evaluation.benchmarks.tasks import Task, score
@@ -36,11 +36,26 @@ class Entry:
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+class Silent(nn.Module):
+    """A channel mixer that adds nothing. Shapes: [..., dim] to [..., dim]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Reader(LanguageModel):
     """A language model that also reads numbers: a token given as features is the same mixture of embeddings.
 
+    Args: as `LanguageModel`; without `mixers` its blocks are memories alone.
+
     Shapes: `tokens` int64 [batch, time], or floating [batch, time, features] with features ≤ vocabulary.
     """
+
+    def __init__(self, pattern: str, *, mixers: bool = True, **arguments: Any):
+        super().__init__(pattern, **arguments)
+        if not mixers:
+            for block in self.blocks:
+                block.mixer_norm, block.mixer = nn.Identity(), Silent()
 
     def _embed(self, tokens: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         if not tokens.is_floating_point():
@@ -86,18 +101,19 @@ def train(
     layers: int,
     batch: int,
     rate: float,
+    mixers: bool = True,
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
 ) -> LanguageModel:
     """A stack after `steps` batches of the task; `seed` fixes data and weights.
 
-    `name` is a pattern as in `LanguageModel`; a single name means `layers` of it. AdamW, the rate warmed up over a
-    tenth of the steps and lowered to zero along a cosine.
+    `name` is a pattern as in `LanguageModel`; a single name means `layers` of it, with channel mixers between them or
+    without. AdamW, the rate warmed up over a tenth of the steps and lowered to zero along a cosine.
     """
     pattern = f"{layers}*{name}" if len(parse_pattern(name)) == 1 and "*" not in name else name
     # The initial weights come from the global generator: it is put back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Reader(pattern, vocabulary=task.vocabulary, dim=dim, ngrams=(), arguments=arguments)
+        model = Reader(pattern, vocabulary=task.vocabulary, dim=dim, ngrams=(), mixers=mixers, arguments=arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = warmed(optimizer, rate, steps)
     data = torch.Generator().manual_seed(seed)
@@ -122,6 +138,7 @@ def run_benchmark(
     layers: int = 2,
     batch: int = 32,
     rate: float = 5e-3,
+    mixers: bool = True,
     arguments: Mapping[str, Mapping[str, Any]] = SETTINGS,
     on_progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -144,7 +161,7 @@ def run_benchmark(
         for entry in entries:
             if on_progress:
                 on_progress(f"{title}, {entry.title}", len(rows) + 1, len(tasks) * len(entries))
-            how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch}
+            how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch, "mixers": mixers}
             start = time.perf_counter()
             given = {**arguments, **entry.arguments}
             model = train(entry.pattern, task, seed=seed, rate=rate, arguments=given, **how)
