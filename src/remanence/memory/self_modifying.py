@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, s
 from remanence.ops.delta_network import delta_network
 from remanence.ops.fast_weight import fast_weight_state
 from remanence.ops.inner_network import fast_weight_read
-from remanence.ops.phases import by_phase
+from remanence.ops.phases import by_phase, piece_sizes
 from remanence.state import State
 
 SOURCE = "arXiv:2512.24695"
@@ -110,52 +109,52 @@ class SelfModifyingTitans(Memory):
         z, q = split(mixed, self.heads), l2_norm(split(self.query(mixed.to(x.dtype)), self.heads))
         if not x.shape[1]:
             return x, state
-        nets = {name: state[name] for name in (*GROUPS, "pos")}
-        y, nets = by_phase(self._run, [z, q], nets, state["pos"], math.lcm(*self.clocks.values()))
-        return self.readout(y, x), {**nets, "conv": conv}
+        pos, T = state["pos"], x.shape[1]
+        makers = {name: state[name] for name in ("makers", "gates")}
+        made, makers = by_phase(self._make, [z], makers, pos, self.clocks["makers"])
+        k, v, gates = made.split([q.shape[3], q.shape[3], 2], -1)
+        tokens = [q, k, v, *gates.unbind(-1)]
+        y, memory = by_phase(self._recall, tokens, {"memory": state["memory"]}, pos, self.clocks["memory"])
+        return self.readout(y, x), {**memory, **makers, "pos": pos + T, "conv": conv}
 
-    def _run(self, tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
-        """Piece by piece, so that no chunk of any clock ends within one."""
-        T, y = tensors[0].shape[2], []
-        ends = {c * -(-(phase + 1) // c) + c * i for c in self.clocks.values() for i in range(T // c + 1)}
-        edges = [phase, *sorted(e for e in ends if e < phase + T), phase + T]
-        sizes = [b - a for a, b in pairwise(edges)]
-        state = {**state, "pos": state["pos"] + T}
-        for end, x, q in zip(edges[1:], *(t.split(sizes, 2) for t in tensors), strict=True):
-            out, state = self._within(x, q, state, end)
+    def _make(self, tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
+        """Keys, values, steps and log decays side by side, [B, H, T, 2K + 2], from networks that learn as they go."""
+        made = []
+        for x in tensors[0].split(piece_sizes(tensors[0].shape[2], phase, self.clocks["makers"]), 2):
+            k, v = _say(x, state["makers"], residual=True).chunk(2, 1)
+            k, v = l2_norm(k), l2_norm(v)
+            eta, alpha = (_say(x, state["gates"])[..., 0] + wide(self.bias).flatten()[:, None]).chunk(2, 1)
+            step, retain_log = (self.scale * F.softplus(eta)).clamp(max=1), F.logsigmoid(alpha.clamp(min=-4))
+            phase += x.shape[2]
+            state = {
+                name: self._learn(name, net, None, k, v, step, retain_log, phase)[1] for name, net in state.items()
+            }
+            made.append(torch.cat([k, v, torch.stack([step, retain_log], -1)], -1))
+        return torch.cat(made, 2), state
+
+    def _recall(self, tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
+        y, net, sizes = [], state["memory"], piece_sizes(tensors[0].shape[2], phase, self.clocks["memory"])
+        for q, k, v, step, retain_log in zip(*(t.split(sizes, 2) for t in tensors), strict=True):
+            phase += q.shape[2]
+            out, net = self._learn("memory", net, q, k, v, step, retain_log, phase)
             y.append(out)
-        return torch.cat(y, 2), state
+        return torch.cat(y, 2), {"memory": net}
 
-    def _within(self, x: Tensor, q: Tensor, state: State, end: int) -> tuple[Tensor, State]:
-        """Tokens that share all anchors; `end` is the position after them."""
-        anchors = {name: list(state[name]["anchor"].values()) for name in GROUPS}
-        k, v = _say(x, anchors["makers"], residual=True).chunk(2, 1)
-        k, v = l2_norm(k), l2_norm(v)
-        eta, alpha = (_say(x, anchors["gates"])[..., 0] + wide(self.bias).flatten()[:, None]).chunk(2, 1)
-        step, retain_log = (self.scale * F.softplus(eta)).clamp(max=1), F.logsigmoid(alpha.clamp(min=-4))
-        y, after = None, dict(state)
-        for name, networks in GROUPS.items():
-            tokens = (k.repeat(1, networks, 1, 1), v.repeat(1, networks, 1, 1))
-            target = fast_weight_read(tokens[1], anchors[name], residual=name != "gates")
-            out, weights = delta_network(
-                q if name == "memory" else None,
-                tokens[0],
-                target,
-                step.repeat(1, networks, 1),
-                retain_log.repeat(1, networks, 1),
-                anchors[name],
-                list(state[name]["weight"].values()),
-                residual=name != "gates",
-                bound=0.5 / self.clocks[name],
-            )
-            y = out if out is not None else y
-            weight = {str(i): W for i, W in enumerate(weights)}
-            closed = end % self.clocks[name] == 0
-            after[name] = {"anchor": weight if closed else state[name]["anchor"], "weight": weight}
-        assert y is not None
-        return y, after
+    def _learn(
+        self, name: str, net: State, q: Tensor | None, k: Tensor, v: Tensor, step: Tensor, retain_log: Tensor, end: int
+    ) -> tuple[Any, State]:
+        """What a group's networks say to q, and they after tokens that share an anchor; `end` is the phase then."""
+        anchors, residual, chunk = list(net["anchor"].values()), name != "gates", self.clocks[name]
+        k, v, step, retain_log = (t.repeat(1, GROUPS[name], *[1] * (t.ndim - 2)) for t in (k, v, step, retain_log))
+        out, weights = delta_network(
+            q, k, fast_weight_read(v, anchors, residual=residual), step, retain_log, anchors,
+            list(net["weight"].values()), residual=residual, bound=0.5 / chunk,
+        )  # fmt: skip
+        weight = {str(i): W for i, W in enumerate(weights)}
+        return out, {"anchor": net["anchor"] if end % chunk else weight, "weight": weight}
 
 
-def _say(x: Tensor, weights: list[Tensor], residual: bool = False) -> Tensor:
+def _say(x: Tensor, net: State, residual: bool = False) -> Tensor:
     """What several networks per head say to the same tokens: x [B, H, T, K] -> [B, networks · H, T, out]."""
+    weights = list(net["anchor"].values())
     return fast_weight_read(x.repeat(1, weights[0].shape[1] // x.shape[1], 1, 1), weights, residual=residual)
