@@ -161,10 +161,10 @@ def run_benchmark(
         for entry in entries:
             if on_progress:
                 on_progress(f"{title}, {entry.title}", len(rows) + 1, len(tasks) * len(entries))
-            how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch, "mixers": mixers}
+            how: dict[str, Any] = {"steps": steps, "dim": entry.dim or dim, "layers": layers, "batch": batch}
             start = time.perf_counter()
             given = {**arguments, **entry.arguments}
-            model = train(entry.pattern, task, seed=seed, rate=rate, arguments=given, **how)
+            model = train(entry.pattern, task, seed=seed, rate=rate, mixers=mixers, arguments=given, **how)
             seconds = time.perf_counter() - start
             exam = {"batches": 4, "batch": 64, "seed": seed + 2**32}
             one = task.draw(1, torch.Generator().manual_seed(seed))
