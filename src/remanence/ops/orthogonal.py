@@ -13,6 +13,7 @@ from remanence.ops.chunk_rule import momentum_coefficients
 from remanence.ops.decay import second_order
 from remanence.ops.inner_network import Affine, Weights, standardised
 from remanence.ops.token_weights import token_weights
+from remanence.state import State
 
 MOST_STEPS = 6
 """Of the compiled iteration, which runs on squares: with each step what they lost to rounding grows twelvefold."""
@@ -25,7 +26,7 @@ class Form(NamedTuple):
     gated: bool
     before: bool
     momentum: bool
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, ...]]
 
 
 def worth(query: Tensor, weights: Weights, steps: int) -> bool:
@@ -71,6 +72,42 @@ def orthogonal_tokens(
     return y, _unpacked(end, form), None if momentum is None else _unpacked(pushed, form)
 
 
+def orthogonal_stream(
+    x: dict[str, Tensor], state: State, phase: int, chunk_size: int, steps: int, read: str, residual: bool, gated: bool
+) -> tuple[Tensor, State]:
+    """`fast_weight` under the squared error without a norm, and without gradients, in one call; `x` by its names.
+
+    Rows stand at `phase` tokens of a chunk.
+    """
+    from remanence.ops import orthogonal_kernels as kernels
+    from remanence.ops.compiled import rows, spread_products
+
+    query, theta, past = x["query"], x["step"], state.get("window", {})
+    seen = {i: torch.cat([past[i], x[i]], 2) if past else x[i] for i in ("key", "value")}
+    weights, T = state["weight"], query.shape[2]
+    form = Form(steps, gated, read == "before", "momentum" in state, [tuple(W.shape[2:]) for W in weights.values()])
+    anchor, W = (torch.cat([A.flatten(2) for A in state[i].values()], 2) for i in ("anchor", "weight"))
+    S = torch.cat([A.flatten(2) for A in state["momentum"].values()], 2) if form.momentum else torch.zeros_like(W)
+    eta = x["momentum_log"].exp() if form.momentum else torch.zeros_like(theta)
+    gamma = x["window"] if past else torch.ones_like(theta)[..., None]
+    target = seen["value"] - seen["key"] if residual else seen["value"]
+    z = query.new_empty(*query.shape[:3], form.shapes[-1][0])
+    parts, work, *kinds = _sizes(form, query)
+    inputs = [rows(part) for part in (query, seen["key"], target, theta, x["retain_log"].exp(), eta, gamma)]
+    moved = [rows(part) for part in (anchor, W, S, z)]
+    spread_products(
+        kernels.stream, parts, work, *kinds, query.shape[1], chunk_size, phase, *inputs, state["pos"].numpy(), *moved
+    )
+
+    def named(packed: Tensor) -> State:
+        return dict(zip(weights, _unpacked(packed, form), strict=True))
+
+    after: State = {"anchor": named(anchor), "weight": named(W)}
+    after |= {"momentum": named(S)} if form.momentum else {}
+    after |= {"window": {i: part[:, :, T:] for i, part in seen.items()}} if past else {}
+    return query + z if residual else z, {**after, "pos": state["pos"] + T}
+
+
 def _unpacked(x: Tensor, form: Form) -> Weights:
     parts = x.split([out * into for out, into in form.shapes], 2)
     return [part.unflatten(2, shape) for part, shape in zip(parts, form.shapes, strict=True)]
@@ -101,7 +138,7 @@ class _Compiled(torch.autograd.Function):
         query, start = tensors[0], tensors[7]
         outs = [query.new_empty(*query.shape[:3], form.shapes[-1][0])]
         outs += [torch.empty_like(start, memory_format=torch.contiguous_format) for _ in range(2)]
-        spread_products(kernels.forward, *_arguments(form, tensors), *(rows(x) for x in outs))
+        spread_products(kernels.forward, *_sizes(form, query), *(rows(x) for x in (*tensors, *outs)))
         ctx.save_for_backward(*tensors)
         ctx.form = form
         return tuple(outs)
@@ -116,18 +153,15 @@ class _Compiled(torch.autograd.Function):
             return None, *second_order(ctx.needs_input_grad[1:], partial(_plain, ctx.form), tensors, grads)
         outs = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors[:7]]
         outs += [x.clone(memory_format=torch.contiguous_format) for x in grads[1:]]
-        given = _arguments(ctx.form, tensors)
-        spread_products(kernels.backward, *given, rows(grads[0]), *(rows(x) for x in outs))
+        given = (*tensors, grads[0], *outs)
+        spread_products(kernels.backward, *_sizes(ctx.form, tensors[0]), *(rows(x) for x in given))
         return None, *outs
 
 
-def _arguments(form: Form, tensors: Any) -> list[Any]:
-    """How many heads and how much work, then the kernels' arguments up to the momentum."""
+def _sizes(form: Form, query: Tensor) -> list[Any]:
+    """How many heads, how much work, and what the kernels are told of the form."""
     import numpy as np
 
-    from remanence.ops.compiled import rows
-
-    parts, tokens = tensors[0].shape[0] * tensors[0].shape[1], tensors[0].shape[2]
-    work = parts * tokens * sum(out * into * min(out, into) for out, into in form.shapes)
-    kinds = form.steps, int(form.gated), int(form.before), np.array(form.shapes)
-    return [parts, work, *kinds, *(rows(x) for x in tensors)]
+    parts = query.shape[0] * query.shape[1]
+    work = parts * query.shape[2] * sum(out * into * min(out, into) for out, into in form.shapes)
+    return [parts, work, form.steps, int(form.gated), int(form.before), np.array(form.shapes)]

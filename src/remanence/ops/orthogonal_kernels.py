@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix
+from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply
 from remanence.ops.compiled import gemm, jit
 from remanence.ops.gelu_kernels import ERF, gelu
 from remanence.ops.newton_schulz import EPS, QUINTIC
@@ -331,3 +331,79 @@ def backward(
                         d_X[r], d_D[r],
                     )  # fmt: skip
             d_eta[r, t], d_a[r, t], d_theta[r, t] = gates[0], gates[1], gates[2]
+
+
+@jit
+def _inner(plan, gated, W, X, H, G, D, target):
+    """The gradient of every token under the squared error: from the keys, X's first columns, to all of X and D."""
+    L = plan.shape[0] - 1
+    out = plan[L, 3]
+    for l in range(L):
+        x, h, slope = X[:, plan[l, 4] : plan[l + 1, 4]], H[:, plan[l, 3] : plan[l + 1, 3]], G[:, plan[l, 3] :]
+        after = X[:, plan[l + 1, 4] :]
+        gemm(1.0, x, False, _layer(plan, l, W), True, 0.0, h)
+        if l == L - 1:
+            continue
+        if not gated:
+            gelu(ERF, h, after, slope)
+        elif l == 0:
+            copy(x, X[:, plan[1, 4] : plan[2, 4]])
+            gelu(ERF, h, D[:, plan[1, 3] : plan[2, 3]], slope)  # the open gate, which the slopes of layer 1 grow from
+        else:
+            multiply(D[:, plan[1, 3] : plan[2, 3]], h, after)
+    last = plan[L - 1, 3]
+    for i in range(X.shape[0]):
+        to, row, wanted = D[i, last:out], H[i, last:out], target[i]
+        for d in range(to.shape[0]):
+            to[d] = row[d] - wanted[d]
+    for l in range(L - 1, 0, -1):
+        if gated and l == 1:
+            continue
+        delta, width = D[:, plan[l, 3] : plan[l + 1, 3]], plan[l, 1]
+        if gated:
+            gate, up = D[:, plan[0, 3] : plan[1, 3]], D[:, plan[1, 3] : plan[2, 3]]
+            gemm(1.0, delta, False, _layer(plan, l, W), False, 0.0, gate)
+            multiply(gate, up, up)
+            multiply(gate, H[:, plan[1, 3] : plan[2, 3]], gate)
+            multiply(gate, G[:, :width], gate)
+        else:
+            before = D[:, plan[l - 1, 3] : plan[l, 3]]
+            gemm(1.0, delta, False, _layer(plan, l, W), False, 0.0, before)
+            multiply(before, G[:, plan[l - 1, 3] : plan[l, 3]], before)
+
+
+@jit
+def stream(
+    first, last, steps, gated, early, shapes, heads, C, phase, q, k, target, theta, a, eta, gamma, pos, anchor, W, S, y
+):  # fmt: skip
+    """Tokens without gradients, of which `phase` of the first one's chunk were read before; moves anchor, W and S."""
+    plan, dtype, L, T, c = _plan(shapes, steps), W.dtype, shapes.shape[0], q.shape[1], gamma.shape[2]
+    most = min(C, T) + c - 1
+    X, D = np.empty((most, plan[L, 4]), dtype), np.empty((most, plan[L, 3]), dtype)
+    H, G = np.empty((most, plan[L, 3]), dtype), np.empty((most, plan[L, 3]), dtype)
+    chains, work, norms = np.empty(plan[L, 5], dtype), np.empty(plan[L, 5], dtype), np.empty(L, dtype)
+    rows, seen = np.empty(c * plan[L, 3], dtype), np.empty(c, dtype)
+    h, slope, gate = np.empty(plan[L, 3], dtype), np.empty(plan[L, 3], dtype), np.empty(plan[L, 3], dtype)
+    z = np.empty(plan[L, 4], dtype)
+    for r in range(first, last):
+        start, end = 0, min(C - phase, T)
+        while start < T:
+            n = end - start + c - 1
+            copy(k[r, start : start + n], X[:n, : plan[0, 1]])
+            _inner(plan, gated, anchor[r], X[:n], H[:n], G[:n], D[:n], target[r, start : start + n])
+            for t in range(start, end):
+                for j in range(c):
+                    seen[c - 1 - j] = gamma[r, t, j] if pos[r // heads] + t >= j else 0
+                copy_row(q[r, t], z[: plan[0, 1]])
+                if early:
+                    _read(plan, gated, W[r], z, h, slope, gate)
+                _learn(
+                    plan, steps, t - start, seen, eta[r, t], a[r, t], theta[r, t], X, D, rows, work, W[r], S[r],
+                    chains, norms,
+                )  # fmt: skip
+                if not early:
+                    _read(plan, gated, W[r], z, h, slope, gate)
+                copy_row(h[plan[L - 1, 3] :], y[r, t])
+            if end - start == C or (start == 0 and end == C - phase):
+                copy_row(W[r], anchor[r])
+            start, end = end, min(end + C, T)
