@@ -22,7 +22,7 @@ def with_options(op, **options):
 @settings(deadline=None, max_examples=40)
 @given(
     T=st.integers(0, 60),
-    window=st.sampled_from([1, 2, 7, 31, 200]),
+    window=st.sampled_from([1, 2, 7, 31, 200, None]),
     cuts=st.lists(st.integers(0, 60), max_size=4),
     prefix=st.sampled_from([None, 1, B]),
     seen=st.sampled_from([None, (0, 3), (500, 12)]),
@@ -32,7 +32,9 @@ def test_any_windows_and_cuts_give_the_loop(obeys, draw, T, window, cuts, prefix
     prefix = None if prefix is None else (noise(prefix, H, 3, K), noise(prefix, H, 3, V))
     state = None
     if seen is not None:
-        state = {"k": noise(B, H, window - 1, K), "v": noise(B, H, window - 1, V), "seen": torch.tensor(seen)}
+        room = 14 if window is None else window - 1
+        seen = torch.tensor(seen).clamp(max=room if window is None else 500)
+        state = {"k": noise(B, H, room, K), "v": noise(B, H, room, V), "seen": seen}
     options = {"window": window, "prefix": prefix}
     obeys(
         with_options(window_attention, **options),
@@ -52,6 +54,46 @@ def test_many_blocks(obeys, draw):
         inputs(draw, 433),
         [130],
     )
+
+
+@pytest.mark.parametrize("window", [37, None])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_heads_of_queries_share_keys_and_threads_share_heads(obeys, draw, window, threads):
+    noise, before = draw(5), torch.get_num_threads()
+    q, k, v = noise(1, 4, 433, K), noise(1, 2, 433, K), noise(1, 2, 433, V)
+    prefix = (noise(1, 2, 300, K), noise(1, 2, 300, V))
+    options = {"window": window, "prefix": prefix}
+    ops = with_options(window_attention, **options), with_options(window_attention_reference, **options)
+    torch.set_num_threads(threads)
+    try:
+        obeys(*ops, [q, k, v], [130], others=prefix)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_wide_heads_are_held_in_fewer_columns(obeys, draw):
+    noise = draw(6)
+    options = {"window": None}
+    obeys(
+        with_options(window_attention, **options),
+        with_options(window_attention_reference, **options),
+        [noise(1, 1, 150, 300), noise(1, 1, 150, 300), noise(1, 1, 150, 5)],
+        [70],
+    )
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_second_derivatives_are_those_of_the_definition(draw, window):
+    noise = draw(7)
+    leaves = [noise(1, 2, 9, K), noise(1, 1, 9, K), noise(1, 1, 9, V)]
+
+    def second(op):
+        loss = (op(*leaves, window=window)[0] * torch.arange(1.0, V + 1)).square().sum()
+        slopes = torch.autograd.grad(loss, leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in slopes), leaves)
+
+    for got, want in zip(second(window_attention), second(window_attention_reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_the_law_notices_a_lost_state(obeys, draw):
@@ -110,5 +152,7 @@ def test_wrong_arguments_say_what_was_expected(draw):
     q, k, v = inputs(draw, 4)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         window_attention(q, k, v, window=0)
+    with pytest.raises(ShapeError, match="multiple of the 2 heads of key, got 3"):
+        window_attention(torch.cat([q, q[:, :1]], 1), k, v, window=3)
     with pytest.raises(ShapeError, match="query must be"):
         window_attention(q[:, :, :2], k, v, window=3)
