@@ -16,20 +16,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import expect, unknown
+from remanence.ops.chunk_rule import momentum_coefficients, shifted
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
-from remanence.ops.fast_weight import momentum_coefficients
-from remanence.ops.phases import by_phase, piece_sizes
+from remanence.ops.phases import by_phase, whole_sizes
 from remanence.ops.taps import tapped
 from remanence.state import State
 
 PAIRS = 128
 """The largest triangular system: tokens times window."""
+SPAN = 128
+"""Tokens that read what was there before them by one product."""
 
 
-def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """exp(−½‖x − y‖²) between the rows of two [..., tokens, features]."""
-    squares = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return (x @ y.mT - 0.5 * squares).exp()
+def kernel(x: Tensor, y: Tensor, log: Tensor | None = None) -> Tensor:
+    """exp(−½‖x − y‖² + log) between the rows of two [..., tokens, features]; `log` [..., tokens] goes with y.
+
+    The exponent is one product: of rows that hold half their squares and a 1 as well.
+    """
+    half, own = (-0.5 * rows.square().sum(-1, keepdim=True) for rows in (x, y))
+    own = own if log is None else own + log[..., None]
+    return (torch.cat([x, half, torch.ones_like(half)], -1) @ torch.cat([y, torch.ones_like(own), own], -1).mT).exp()
 
 
 def exponential_reference(
@@ -197,21 +203,28 @@ def deep_exponential(
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
         keys, held, logs, W, anchor, since = (state[n] for n in ("keys", "values", "logs", "weight", "anchor", "since"))
         y = []
-        sizes = piece_sizes(tensors[0].shape[2], phase, chunk_size)
+        sizes = whole_sizes(tensors[0].shape[2], phase, chunk_size, SPAN)
         for q, k, v, theta, g in zip(*(x.split(sizes, 2) for x in tensors), strict=True):
-            old = keys.shape[2] - phase
-            h = (kernel(k, keys[:, :, :old]) * (logs[:, :, :old].mT - since[..., None, None]).exp()) @ held[:, :, :old]
-            x, slope = F.gelu(h), torch.special.ndtr(h) + h * (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
-            delta = v @ (start + anchor) * slope
+            n, old = q.shape[2], keys.shape[2] - phase
             rule, G = momentum_coefficients(theta, g, None), cumulative(g, -1).to(wide)
-            decay = rule.retain[..., None]
-            z = decay * ((kernel(q, keys) * logs.mT.exp()) @ held) + (kernel(q, k) * rule.write) @ delta
-            z = F.gelu(z)
+            before, decay = shifted(rule), rule.retain[..., None]
+            # what was there before the span, for all its tokens at once; then, chunk by chunk, what the span adds
+            said = kernel(k, keys[:, :, :old], logs[:, :, :old, 0] - since[..., None]) @ held[:, :, :old]
+            up, moved, near, alike = v @ start, v @ anchor, kernel(k, k), v @ v.mT
+            x = delta = said[:, :, :0]
+            for a in range(0, n, chunk_size):
+                now, keep = slice(a, a + chunk_size), before.retain[:, :, a, None, None]
+                write = before.write[:, :, a : a + 1, :a]
+                h = keep * said[:, :, now] + (near[:, :, now, :a] * write) @ delta
+                back = up[:, :, now] + keep * moved[:, :, now] + (alike[:, :, now, :a] * write) @ x
+                slope = torch.special.ndtr(h) + h * (h.square() * -0.5).exp() / math.sqrt(2 * math.pi)
+                x, delta = torch.cat([x, F.gelu(h)], 2), torch.cat([delta, back * slope], 2)
+            z = F.gelu(decay * (kernel(q, keys, logs[..., 0]) @ held) + (kernel(q, k) * rule.write) @ delta)
             y.append(z @ start.mT + decay * (z @ W.mT) + (z @ x.mT * rule.write) @ v)
             W = decay[:, :, -1:] * W + (v * rule.write[:, :, -1, :, None]).mT @ x
             logs = torch.cat([logs + G[..., -1:, None], (G[..., -1:] - G)[..., None]], 2)
             keys, held = torch.cat([keys, k], 2), torch.cat([held, theta[..., None] * delta], 2)
-            phase, since = (phase + q.shape[2]) % chunk_size, since + G[..., -1]
+            phase, since = (phase + n) % chunk_size, since + G[..., -1]
             anchor, since = (anchor, since) if phase else (W, 0 * since)
         position = state["position"] + tensors[0].shape[2]
         empty = torch.arange(logs.shape[2], device=logs.device) < (logs.shape[2] - position)[:, None]
