@@ -224,6 +224,32 @@ RULES = {
     "retention shrink, no momentum": {"retention": Shrink(0.3), "order": 0, "read": "anchor"},
     "retention shrink, orthogonal": {"retention": Shrink(0.3), "orthogonal": 2},
     "retention kl": {"retention": Divergence(1.0, 2.0), "gated": True},
+    "channels": {"channels": True, "bound": 0.5},
+    "channels, mixed thresholds": {
+        "channels": True,
+        "objective": OBJECTIVES["huber-mixture"],
+        "threshold": True,
+        "window": 3,
+        "order": 0,
+    },
+    "channels, coordinates": {
+        "channels": True,
+        "objective": OBJECTIVES["huber-coordinate"],
+        "threshold": True,
+        "norm": True,
+        "bound": 0.5,
+    },
+    "channels, gated": {"channels": True, "gated": True, "window": 2, "read": "before", "order": 2},
+    "channels, dot": {"channels": True, "objective": OBJECTIVES["dot"], "bound": 0.5},
+    "channels, frozen": {"channels": True, "retention": RETENTIONS["lq"], "residual": True},
+    "channels, linked": {"channels": True, "retention": RETENTIONS["softmax"], "order": 2},
+    "channels, sequential": {"channels": True, "retention": RETENTIONS["shrink"], "window": 3},
+    "channels, orthogonal": {"channels": True, "orthogonal": 2, "window": 2},
+    "channels, orthogonal, sequential": {"channels": True, "orthogonal": 2, "retention": RETENTIONS["chi-squared"]},
+    "toward": {"toward": True, "bound": 0.5, "order": 2},
+    "toward, gated, before": {"toward": True, "gated": True, "read": "before", "channels": True},
+    "toward, orthogonal, anchor": {"toward": True, "orthogonal": 2, "read": "anchor"},
+    "toward, orthogonal, before": {"toward": True, "orthogonal": 2, "read": "before", "order": 0},
     "threshold": {"objective": OBJECTIVES["huber"], "threshold": True, "window": 3},
     "norm": {"norm": True, "residual": True, "bound": 0.5},
     "gated": {"gated": True, "residual": True, "bound": 0.5},
@@ -254,8 +280,11 @@ def ruled(rule, T=11, layers=2):
     more = {}
     if order == 2:
         more["second_log"] = F.logsigmoid(normal(B, H, T))
+    channels = [K] if rule.pop("channels", False) else []
     if rule.pop("threshold", False):
-        more["threshold"] = 0.5 + normal(B, H, T).abs()
+        more["threshold"] = 0.5 + normal(B, H, T, *channels).abs()
+    if channels:
+        more |= {"step": 0.2 * normal(B, H, T, K).sigmoid(), "retain_log": F.logsigmoid(normal(B, H, T, K) + 2)}
     if count := rule.pop("window", 0):
         more["window"] = normal(B, H, T, count).sigmoid()
     if not rule.get("norm"):
@@ -267,9 +296,18 @@ def ruled(rule, T=11, layers=2):
     if gated:
         weights = [(0.7 * normal(H, *s)).requires_grad_() for s in ((4, K), (4, K), (K, 4))]
         leaves = [*inputs, *gates.values(), *rule.get("norm", ()), *weights]
+    leaves = [x for x in leaves if not any(x is gates[name] for name in more if name in gates)]
     leaves = leaves + [x.requires_grad_() for x in more.values()]
+    if rule.get("toward"):
+        rule["toward"] = [0.7 * normal(*W.shape) for W in weights]
+        leaves = leaves + [W.requires_grad_() for W in rule["toward"]]
     state = fast_weight_state(
-        weights, B, momentum=order, window=count or 1, thresholds="threshold" in more, retention=rule.get("retention")
+        weights,
+        B,
+        momentum=order,
+        window=count or 1,
+        thresholds="threshold" in more and max(1, *(channels or [1])),
+        retention=rule.get("retention"),
     )
     return inputs, gates | more, leaves, state, rule
 

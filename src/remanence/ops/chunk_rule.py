@@ -34,7 +34,7 @@ class Coefficients(NamedTuple):
 
     `write` K [B, H, C, C]: −u_i in W_t. `retain` A [B, H, C] and `push` F [B, H, C]: the earlier W and S in W_t.
     `tail` [B, H, C]: −u_i in the last S. `keep` [B, H]: the earlier S in the last S. Without momentum the last
-    three are None.
+    three are None. With gates of every channel all have one more axis after H, of d channels or of 1.
     """
 
     write: Tensor
@@ -105,8 +105,22 @@ def banded(c: Coefficients, band: Tensor) -> Coefficients:
     return c._replace(write=c.write @ band, tail=tail, second=second)
 
 
-def _outer(delta: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Σ_i rows_i δ_i x_iᵀ, scaling whichever side is narrower."""
+def of_outputs(layer: int, layers: int) -> bool:
+    """Whether a layer's channels are its outputs, the rows of its weights: the last's are, others' are their inputs."""
+    return layer == layers - 1
+
+
+def beside(gate: Tensor, outputs: bool) -> Tensor:
+    """A gate [B, H], or one of every channel [B, H, d], in a shape that multiplies weights [B, H, out, in]."""
+    if gate.ndim == 2:
+        return gate[..., None, None]
+    return gate[..., None] if outputs else gate[..., None, :]
+
+
+def _outer(delta: Tensor, x: Tensor, rows: Tensor, outputs: bool) -> Tensor:
+    """Σ_i rows_i δ_i x_iᵀ, scaling whichever side is narrower, or that of the channels."""
+    if rows.ndim == 4:
+        return (delta * rows.mT).mT @ x if outputs else delta.mT @ (x * rows.mT)
     if x.shape[-1] < delta.shape[-1]:
         return delta.mT @ (x * rows[..., None])
     return (delta * rows[..., None]).mT @ x
@@ -118,18 +132,19 @@ def after_chunk(
     """The weights and the momentum after a chunk's last token."""
     after, pushed, pushed2 = [], [], []
     for i, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
-        last = c.retain[..., -1, None, None] * W - _outer(delta, x, c.write[..., -1, :])
+        outputs = of_outputs(i, len(weights))
+        last = beside(c.retain[..., -1], outputs) * W - _outer(delta, x, c.write[..., -1, :], outputs)
         if momentum is not None:
             assert c.push is not None
             assert c.tail is not None
             assert c.keep is not None
             S = momentum[i]
-            last = last + c.push[..., -1, None, None] * S
-            pushed.append(c.keep[..., None, None] * S - _outer(delta, x, c.tail))
+            last = last + beside(c.push[..., -1], outputs) * S
+            pushed.append(beside(c.keep, outputs) * S - _outer(delta, x, c.tail, outputs))
             if c.second is not None:
                 S2, s = momentum[len(weights) + i], c.second
-                last = last + s.push[..., -1, None, None] * S2
-                S2 = s.keep[..., None, None] * S2 + s.mix[..., None, None] * S
-                pushed2.append(S2 - _outer(delta, x, s.tail))
+                last = last + beside(s.push[..., -1], outputs) * S2
+                S2 = beside(s.keep, outputs) * S2 + beside(s.mix, outputs) * S
+                pushed2.append(S2 - _outer(delta, x, s.tail, outputs))
         after.append(last)
     return after, (None if momentum is None else pushed + pushed2)

@@ -41,7 +41,9 @@ from remanence.ops.chunk_rule import (
     Coefficients,
     after_chunk,
     banded,
+    beside,
     momentum_coefficients,
+    of_outputs,
     shifted,
     times,
     window_band,
@@ -69,9 +71,20 @@ from remanence.state import State
 READS = ("after", "before", "anchor")
 
 
-def _scaled(z: Tensor, W: Tensor, rows: Tensor) -> Tensor:
-    """diag(rows) z W, scaling whichever side is narrower."""
+def _scaled(z: Tensor, W: Tensor, rows: Tensor, outputs: bool = True) -> Tensor:
+    """diag(rows) z W, scaling whichever side is narrower, or that of the channels."""
+    if rows.ndim == 4:
+        return (z @ W) * rows.mT if outputs else (z * rows.mT) @ W
     return (z * rows[..., None]) @ W if W.shape[-2] < W.shape[-1] else (z @ W) * rows[..., None]
+
+
+def _written(z: Tensor, x: Tensor, delta: Tensor, write: Tensor, outputs: bool) -> Tensor:
+    """What z reads of Σ_i K_ti δ_i x_iᵀ."""
+    if write.ndim == 4:
+        return (z @ x.mT * write) @ delta
+    if outputs:
+        return torch.einsum("bhti,bhrti,bhir->bhtr", z @ x.mT, write, delta)
+    return torch.einsum("bhtc,bhcti,bhic->bhti", z, write, x) @ delta
 
 
 def fast_weight_chunk(
@@ -87,23 +100,27 @@ def fast_weight_chunk(
     norm: Affine | None = None,
     reads: Coefficients | None = None,
     factors: Weights | None = None,
+    toward: Weights | None = None,
 ) -> tuple[Tensor, Weights, Weights | None]:
     """Tokens that share an anchor, all at once, under any objective and any rule that `Coefficients` can say.
 
     Shapes: query [B, H, C, K]; by layer: inputs x [B, H, C', in] and deltas δ [B, H, C', out] (the token's gradient is
     δ xᵀ), weights [B, H, out, in]; momentum likewise, with a second order its layers after those of the first. `reads`
     are the coefficients of what each query sees where these are not c; `factors` scale what a layer's weights are
-    read as. Returns what the queries read, and the weights and momentum after the last token.
+    read as, `toward` is added to them. Returns what the queries read, and the weights and momentum after the last
+    token.
     """
     layers = len(weights)
     r = c if reads is None else reads
 
     def linear(i: int, z: Tensor) -> Tensor:
-        y = _scaled(z, weights[i].mT, r.retain) - (z @ inputs[i].mT * r.write) @ deltas[i]
+        outputs = of_outputs(i, layers)
+        y = _scaled(z, weights[i].mT, r.retain, outputs) - _written(z, inputs[i], deltas[i], r.write, outputs)
         if momentum is not None and r.push is not None:
-            y = y + _scaled(z, momentum[i].mT, r.push)
+            y = y + _scaled(z, momentum[i].mT, r.push, outputs)
             if r.second is not None:
-                y = y + _scaled(z, momentum[layers + i].mT, r.second.push)
+                y = y + _scaled(z, momentum[layers + i].mT, r.second.push, outputs)
+        y = y if toward is None else y + z @ toward[i].mT
         return y if factors is None else y * factors[i]
 
     y = network(query, linear, layers, residual, gated, norm)
@@ -116,7 +133,7 @@ def fast_weight_state(
     *,
     momentum: bool | int = True,
     window: int = 1,
-    thresholds: bool = False,
+    thresholds: bool | int = False,
     retention: Retention | None = None,
 ) -> State:
     """The state before the first token: `batch` rows that all start from the same weights.
@@ -126,7 +143,7 @@ def fast_weight_state(
             W_2 x), has three.
         momentum: its order, 0 to 2 (each order is one more tensor per layer); True is 1.
         window: tokens whose losses a step sums; of the last `window` − 1 the keys and values are kept.
-        thresholds: whether those come with thresholds.
+        thresholds: whether those come with thresholds; above 1, one of each of so many channels.
         retention: what weights are of what is kept, if not the same; its `start` makes the latter.
 
     Shapes: `anchor`, `weight`, `momentum` (and `second`) hold a tensor [B, H, out, in] per layer under "0", "1", ...;
@@ -143,7 +160,7 @@ def fast_weight_state(
         ends = {"key": wide[0].shape[2], "value": wide[-1].shape[1]}
         state["window"] = {name: wide[0].new_zeros(*shape, width) for name, width in ends.items()}
         if thresholds:
-            state["window"]["threshold"] = wide[0].new_zeros(shape)
+            state["window"]["threshold"] = wide[0].new_zeros(*shape, *([thresholds] if thresholds > 1 else []))
     state["pos"] = torch.zeros(batch, dtype=torch.int64, device=weights[0].device)
     return state
 
@@ -169,6 +186,7 @@ def fast_weight_reference(
     orthogonal: int = 0,
     read: str = "after",
     bound: float | None = None,
+    toward: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, State]:
     """The definition of `fast_weight`, token by token, its inner gradients taken by automatic differentiation."""
     anchor, W, pos = state["anchor"], state["weight"], state["pos"]
@@ -178,9 +196,14 @@ def fast_weight_reference(
     a = (torch.zeros_like(step) if retain_log is None else floored(retain_log)).exp()
     eta, eta2 = (None if g is None else floored(g).exp() for g in (momentum_log, second_log))
 
+    layers = len(W)
+
+    def fit(gate: Tensor, layer: str) -> Tensor:
+        return beside(gate[:, :, 0], of_outputs(int(layer), layers))
+
     def weights(A: State, start: State) -> Weights:
         if retention is None:
-            return list(A.values())
+            return [W if toward is None else W + toward[i] for i, W in enumerate(A.values())]
         if retention.frozen:
             return [A[i] * retention.factor(start[i]) for i in A]
         return [retention.link(A[i]) for i in A]
@@ -198,7 +221,7 @@ def fast_weight_reference(
         past = {name: [*past.get(name, []), x] for name, x in token.items()}
         fixed = weights(anchor, anchor)
         u = [torch.zeros_like(w) for w in fixed]
-        size, along, growth = (torch.zeros_like(step[:, :, now]) for _ in range(3))
+        size, along, growth = (torch.zeros_like(query[:, :, now, 0]) for _ in range(3))
         for j in range(1 if window is None else window.shape[3]):
             k, v = past["key"][-1 - j][:, :, None], past["value"][-1 - j][:, :, None]
             delta = past["threshold"][-1 - j][:, :, None] if threshold is not None else None
@@ -228,11 +251,13 @@ def fast_weight_reference(
                 ratio = 1 / (_square(key[:, :, now]) + 1e-12) if plain and window is None else ratio
                 most = ratio / chunk_size
             else:
-                most = (1 - a[:, :, now]) / (growth.amax(0) + 1e-12)
+                slowest = a[:, :, now] if a.ndim == 3 else a[:, :, now].amax(-1)
+                most = (1 - slowest) / (growth.amax(0) + 1e-12)
             if objective.targets or len(W) > 1 or norm is not None:
-                theta = torch.minimum(theta, left * bound * most)
+                most = left * bound * most
+                theta = torch.minimum(theta, most if theta.ndim == 3 else most[..., None])
         sign = torch.ones_like(theta) if orthogonal else theta
-        change = {i: -sign[..., None] * x for i, x in zip(W, u, strict=True)}
+        change = {i: -fit(sign, i) * x for i, x in zip(W, u, strict=True)}
         before = W
         if eta is not None:
             assert S is not None
@@ -241,11 +266,11 @@ def fast_weight_reference(
             assert S2 is not None
             change = S2 = {i: eta2[:, :, now, None] * S2[i] + x for i, x in change.items()}
         if orthogonal:
-            change = {i: theta[..., None] * newton_schulz(x, orthogonal) for i, x in change.items()}
+            change = {i: fit(theta, i) * newton_schulz(x, orthogonal) for i, x in change.items()}
         if isinstance(retention, Sequential):
-            W = {i: retention.move(W[i], a[:, :, now, None], x, theta[..., None]) for i, x in change.items()}
+            W = {i: retention.move(W[i], fit(a[:, :, now], i), x, fit(theta, i)) for i, x in change.items()}
         else:
-            W = {i: a[:, :, now, None] * W[i] + x for i, x in change.items()}
+            W = {i: fit(a[:, :, now], i) * W[i] + x for i, x in change.items()}
         seen = weights({"after": W, "before": before, "anchor": anchor}[read], anchor)
         y.append(look(query[:, :, now], seen))
         pos = pos + 1
@@ -277,6 +302,7 @@ def fast_weight(
     orthogonal: int = 0,
     read: str = "after",
     bound: float | None = None,
+    toward: Sequence[Tensor] | None = None,
     remake: bool = False,
     coefficients: Callable[..., Coefficients] = momentum_coefficients,
 ) -> tuple[Tensor, State]:
@@ -285,7 +311,9 @@ def fast_weight(
     Args:
         query, key: [B, H, T, K], T ≥ 0; keys of about unit length keep the inner steps stable.
         value: [B, H, T, V]; V = K with `residual`.
-        step: θ [B, H, T], the inner step sizes.
+        step: θ [B, H, T], the inner step sizes; or of every channel [B, H, T, V], as may be `retain_log` and
+            `threshold`. Channels are what the last layer gives and what the first (of a gated network, both of its
+            first) reads: so K is V, but for a matrix, and there are at most two layers, or a gated three.
         state: from `fast_weight_state`, or as an earlier call returned it. Rows may stand at different positions.
         retain_log: log a [B, H, T] ≤ 0, clamped at −60; None forgets nothing.
         momentum_log: log η [B, H, T] ≤ 0, clamped at −60; None is plain gradient descent.
@@ -308,6 +336,8 @@ def fast_weight(
             unbounded steps, which add up at one anchor, may diverge. The dot product has no error to mend, but in a
             network it lets layers feed each other's growth: its steps are kept at or below (1 − η) · (1 − a) · bound ·
             √out / ‖u‖ in every layer, so that none outgrows its decay. None: θ as given.
+        toward: by layer [H, out, in]: what is forgotten turns into these weights instead of zero. The state then
+            holds how far the weights are from them: make it of zeros. Not with a `retention`.
         remake: make what happens within a chunk again for the gradient rather than keep it: of every chunk only the
             state is kept (the nonlinear rules do so anyway). Changes time and memory, never the result.
         coefficients: the rule inside a chunk, of (step, retain_log, momentum_log[, second_log]), each [B, H, C]; since
@@ -321,7 +351,15 @@ def fast_weight(
     _check(query, key, value, state, {**gates, "threshold": threshold}, window, residual)
     _combine(len(state["weight"]), gated, orthogonal, second_log, bound, read)
     dtype, wide = query.dtype, recurrent_dtype(query)
-    gates["retain_log"] = torch.zeros_like(step) if retain_log is None else retain_log
+    retained = torch.zeros_like(step) if retain_log is None else retain_log
+    channels = max(step.ndim, retained.ndim) == 4
+    if channels:
+        _check_channels(query, value, list(state["weight"].values()), gated)
+        gates["step"], retained = _to_channels(step, value.shape[3]), _to_channels(retained, value.shape[3])
+    gates["retain_log"] = retained
+    if toward is not None and retention is not None:
+        raise ValueError("fast_weight: weights that decay toward others (`toward`) have no other retention.")
+    start = None if toward is None else [W.to(wide) for W in toward]
     given = {"query": query, "key": key, "value": value, "threshold": threshold, "window": window, **gates}
     inputs = {name: x.to(wide) for name, x in given.items() if x is not None}
     inputs |= {name: floored(x) for name, x in inputs.items() if name.endswith("_log")}
@@ -329,17 +367,17 @@ def fast_weight(
     orders = [name for name in ("momentum", "second") if name in state]
     plain = len(state["weight"]) == 1 and isinstance(objective, Squared) and norm is None and retention is None
     plain = plain and window is None  # ‖e‖² / ‖u‖² is 1 / ‖k‖², whatever the error
-    exact = plain and chunk_size == 1 and not orthogonal
+    exact = plain and chunk_size == 1 and not orthogonal and not channels and toward is None
     sequential = isinstance(retention, Sequential)
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor") or sequential
     simple = retention is None and window is None and second_log is None and not gated
     simple = simple and not (exact or nonlinear) and type(objective) is Squared
-    simple = simple and coefficients is momentum_coefficients
+    simple = simple and coefficients is momentum_coefficients and not channels and toward is None
     fused = simple and compiled(query)
     single = simple and norm is None and read == "after" and query.shape[2] == 1 and not torch.is_grad_enabled()
 
     def separate(q: Tensor) -> bool:
-        mine = orthogonal and retention is None and read != "anchor"
+        mine = orthogonal and retention is None and toward is None and not channels and read != "anchor"
         return bool(mine) and worth(q, list(state["weight"].values()), orthogonal)
 
     streamed = separate(query) and norm is None and type(objective) is Squared and not torch.is_grad_enabled()
@@ -351,38 +389,41 @@ def fast_weight(
         if exact:
             return _token_exact(x, W, S, bound, residual, read, coefficients)
         fixed = anchor if retention is None else [retention.link(A) for A in anchor]
+        fixed = fixed if start is None else [A + W0 for A, W0 in zip(fixed, start, strict=True)]
         near, deltas, along = inner_gradient_along(
             seen["key"], seen["value"], fixed, residual, gated, norm, objective, seen.get("threshold")
         )
         band = None if window is None else window_band(x["window"], pos)
         theta, logs = x["step"], [x.get(f"{name}_log") for name in ("retain", "momentum", "second")]
+        log, eta_log = logs[:2]
+        assert log is not None
         if bound is not None and (objective.targets or len(W) > 1 or norm is not None):
             parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
             if retention is not None:
                 parts = [p * retention.gain(A)[..., None] for p, A in zip(parts, anchor, strict=True)]
-            theta = torch.minimum(
-                theta, bound * _ceiling(parts, along, fixed, band, logs, chunk_size, objective.targets)
-            )
-        log, eta_log = logs[:2]
-        assert log is not None
+            slowest = [log.amax(-1) if channels else log, *logs[1:]]
+            most = bound * _ceiling(parts, along, fixed, band, slowest, chunk_size, objective.targets)
+            theta = torch.minimum(theta, most[..., None] if channels else most)
         if separate(x["query"]):
             return orthogonal_tokens(
                 x["query"], near, deltas, W, S, (theta, log, eta_log), band, orthogonal, read, residual, gated, norm
             )  # fmt: skip
-        kept = [torch.full_like(log, FLOOR) if sequential else log, *logs[1:]]
-        c = coefficients(theta, *kept) if logs[2] is not None else coefficients(theta, *kept[:2])
+        steps, kept, others = theta, torch.full_like(log, FLOOR) if sequential else log, logs[1:]
+        if channels:
+            steps, kept, others = theta.mT, kept.mT, [None if g is None else g[:, :, None] for g in others]
+        c = coefficients(steps, kept, *others) if logs[2] is not None else coefficients(steps, kept, others[0])
         if band is not None:
-            c = banded(c, band)
+            c = banded(c, band[:, :, None] if channels else band)
         if nonlinear:
             y, W, S = token_weights(
                 x["query"], near, deltas, W, S, (theta, log, eta_log), band, c, orthogonal,
-                retention if factors is None else None, read, residual, gated, norm,
+                retention if factors is None else None, read, residual, gated, norm, start,
             )  # fmt: skip
         else:
             reads = shifted(c) if read == "before" else c
             y, W, S = fast_weight_chunk(
                 x["query"], near, deltas, W, S, c, residual=residual, gated=gated, norm=norm, reads=reads,
-                factors=factors,
+                factors=factors, toward=start,
             )  # fmt: skip
         if read == "anchor":
             y = fast_weight_read(x["query"], fixed, residual=residual, gated=gated, norm=norm)
@@ -627,6 +668,21 @@ def _combine(
         raise ValueError(f"fast_weight: read must be one of {', '.join(READS)}, got {read!r}.")
 
 
+def _to_channels(gate: Tensor, width: int) -> Tensor:
+    return gate if gate.ndim == 4 else gate[..., None].expand(*gate.shape, width)
+
+
+def _check_channels(query: Tensor, value: Tensor, weights: Weights, gated: bool) -> None:
+    K, V = query.shape[3], value.shape[3]
+    if len(weights) > 1 and K != V:
+        raise ShapeError(f"fast_weight: gates of every channel need keys of the values' {V} features, got {K}.")
+    if len(weights) > 2 and not gated:
+        raise ValueError(
+            f"fast_weight: gates of every channel have no side of a matrix between hidden features; got {len(weights)} "
+            "layers, at most 2."
+        )
+
+
 def _check(
     query: Tensor,
     key: Tensor,
@@ -641,7 +697,10 @@ def _check(
     expect("fast_weight", "key", key, "batch heads time features", batch=B, heads=H, time=T, features=K)
     expect("fast_weight", "value", value, "batch heads time features", batch=B, heads=H, time=T)
     for name, gate in gates.items():
-        if gate is not None:
+        if gate is not None and gate.ndim == 4 and name in ("step", "retain_log", "threshold"):
+            channels = value.shape[3]
+            expect("fast_weight", name, gate, "batch heads time channels", batch=B, heads=H, time=T, channels=channels)
+        elif gate is not None:
             expect("fast_weight", name, gate, "batch heads time", batch=B, heads=H, time=T)
     if window is not None:
         expect("fast_weight", "window", window, "batch heads time tokens", batch=B, heads=H, time=T)

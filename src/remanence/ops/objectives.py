@@ -94,6 +94,8 @@ class LogCosh:
 class Huber:
     """½‖e‖² up to a threshold δ, linear beyond, so that an outlier pulls no harder than δ.
 
+    Thresholds are [...], or of every channel [..., V], but for the first kind.
+
     kind: "norm" bends at ‖e‖ = δ (slope δe/‖e‖ beyond), "coordinate" at each |e_j| = δ, "mixture" is Yaad's: the
     slope is e up to ‖e‖ = δ and δ·sign(e) beyond, where it jumps.
     """
@@ -115,8 +117,9 @@ class Huber:
             size, half = e.abs(), 0.5 * e.square()
             return torch.where(size <= delta, half, delta * (size - 0.5 * delta)).sum(-1)
         size, half = _length(e), 0.5 * e.square().sum(-1, keepdim=True)
-        beyond = size - 0.5 * delta if self.kind == "norm" else e.abs().sum(-1, keepdim=True)
-        return torch.where(size <= delta, half, delta * beyond)[..., 0]
+        if self.kind == "norm":
+            return torch.where(size <= delta, half, delta * (size - 0.5 * delta))[..., 0]
+        return torch.where(size <= delta, 0.5 * e.square(), delta * e.abs()).sum(-1)
 
     def slope(self, prediction: Tensor, value: Tensor, threshold: Tensor | None = None) -> Tensor:
         e, delta = prediction - value, self._delta(prediction, threshold)
@@ -127,7 +130,13 @@ class Huber:
         return torch.where(size <= delta, e, beyond)
 
     def _delta(self, like: Tensor, threshold: Tensor | None) -> Tensor:
-        return like.new_tensor(self.delta) if threshold is None else threshold[..., None]
+        if threshold is None:
+            return like.new_tensor(self.delta)
+        if threshold.ndim < like.ndim:
+            return threshold[..., None]
+        if self.kind == "norm":
+            raise ValueError("Huber: kind 'norm' bends at one length; thresholds of every channel are for the others.")
+        return threshold
 
 
 @dataclass(frozen=True)
