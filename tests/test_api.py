@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
+def whole(folder, tmp_path_factory, as_shipped):
     """An uninterrupted run: its directory and what it returned."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return out, learn(str(folder), out, **QUICK)
@@ -167,14 +167,15 @@ def test_killed_at_random_moments_and_resumed_a_run_ends_the_same(whole, folder,
     out, chance, killed = tmp_path / "killed", random.Random(1), 0
     for _ in range(4):
         process = start(folder, out, checkpoint_seconds=0.05, resume=(out / "run.json").exists())
-        until = time.monotonic() + 20
-        while not (out / "metrics.jsonl").exists() and time.monotonic() < until:
+        until = time.monotonic() + 60
+        while not (out / api.CHECKPOINT).exists() and time.monotonic() < until:
             time.sleep(0.01)
         process.join(0.1 + chance.random() * whole[1]["seconds"] / 3)
         if process.is_alive():
             process.kill()
             killed += 1
         process.join()
+    assert (out / api.CHECKPOINT).exists()
     assert killed
     learn(str(folder), out, resume=True, **QUICK)
     assert_same_run(whole[0], out)
