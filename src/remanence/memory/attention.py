@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, rotate, split, zeros
+from remanence.memory.parts import merge, per_head, wide, zeros
+from remanence.ops.rotary import turned_heads
 from remanence.state import State
 
 
@@ -76,20 +77,7 @@ class WindowAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        sizes = [self.heads + self.kv_heads, self.kv_heads]
-        qk, v = split(self.qkv(x), sum(sizes)).split(sizes, dim=1)
-        q, k = self._turn(qk, state["seen"]).split([self.heads, self.kv_heads], dim=1)
-        share = self.heads // self.kv_heads
-        if share > 1:  # shared when read, not in the state
-            k, v = (part.repeat_interleave(share, dim=1) for part in (k, v))
-            state = {**state, **{n: state[n].repeat_interleave(share, dim=1) for n in "kv"}}
+        groups = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = turned_heads(wide(self.qkv(x)), groups, state["seen"], self.frequencies)
         y, _, after = ops.window_attention(q, k, v, window=self.window, state=state)
-        if share > 1:
-            after = {**after, **{n: after[n][:, ::share].clone() for n in "kv"}}
         return self.out(merge(y).to(x.dtype)), after
-
-    def _turn(self, x: Tensor, start: Tensor) -> Tensor:
-        if self.turned == self.head_dim:
-            return rotate(x, start, self.frequencies)
-        turned, rest = x[..., : self.turned], x[..., self.turned :]
-        return torch.cat([rotate(turned, start, self.frequencies), rest], dim=-1)

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, rotate, split, zeros
+from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.ops.dispatch import compiled
+from remanence.ops.rotary import turned_heads
+from remanence.ops.window import attend
 from remanence.state import State, check_state
 
 BLOCK = 64
@@ -93,21 +96,25 @@ class SoftmaxAttention(SoftmaxWeights):
         state = self.begin(x, state)
         if (T := x.shape[1]) == 0:
             return x, state
-        q, k, v = self.project(x)
-        position = state["position"]
-        q, k = (rotate(part, position, self.frequencies) for part in (q, k))
+        position, groups = state["position"], (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = turned_heads(wide(self.qkv(x)), groups, position, self.frequencies)
         room, total = state["keys"].shape[2], int(position.max()) + T
-        keys, values = torch.cat([state["keys"], k], 2), torch.cat([state["values"], v], 2)
+        keys, values = (torch.cat([state[n], new], 2) if room else new for n, new in (("keys", k), ("values", v)))
+        room_after = max(room, -(-total // BLOCK) * BLOCK)
+        after = {"keys": _last(keys, room_after), "values": _last(values, room_after), "position": position + T}
+        y = attend(q, keys, values, position)[0] if T > 1 and compiled(q) else self._fused(q, keys, values, position)
+        return self.readout(merge(y).to(x.dtype), x), after
+
+    def _fused(self, q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """PyTorch's own attention, on any device."""
+        T, room = q.shape[2], keys.shape[2] - q.shape[2]
         seen, fresh = None, not bool(position.any())
         if not fresh:
-            slot, row = torch.arange(room + T, device=x.device), torch.arange(T, device=x.device)[:, None]
+            slot, row = torch.arange(room + T, device=q.device), torch.arange(T, device=q.device)[:, None]
             seen = (slot <= room + row) & (slot >= (room - position)[:, None, None])
             seen = seen[:, None]
         k, v = (self.per_query(part[:, :, room:] if fresh else part) for part in (keys, values))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=fresh)
-        room = max(room, -(-total // BLOCK) * BLOCK)
-        keys, values = (_last(part, room) for part in (keys, values))
-        return self.readout(merge(y).to(x.dtype), x), {"keys": keys, "values": values, "position": position + T}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=fresh)
 
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """What attention found, projected to `dim`. Shapes: [batch, time, heads·head_dim], x as in `forward`."""

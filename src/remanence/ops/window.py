@@ -90,13 +90,19 @@ def window_attention(
     after = {"k": all_k[:, :, left:], "v": all_v[:, :, left:], "seen": seen + T}
     if not T:
         return value.new_empty(B, H, 0, value.shape[3]), query.new_zeros(B, H, 0, dtype=recurrent_dtype(value)), after
-    q, window = query.to(all_k.dtype), window or all_k.shape[2]
-    if T > 1 and compiled(q):
-        p_k, p_v = (all_k[:, :, :0], all_v[:, :, :0]) if prefix is None else _wide_prefix(prefix, all_k)
-        y, logsumexp = _Compiled.apply(q, all_k, all_v, p_k, p_v, seen, window)
-    else:
-        y, logsumexp = _by_blocks(q, all_k, all_v, prefix, seen, window)
+    y, logsumexp = attend(query.to(all_k.dtype), all_k, all_v, seen, window, prefix)
     return y.to(value.dtype), logsumexp, after
+
+
+def attend(
+    q: Tensor, all_k: Tensor, all_v: Tensor, seen: Tensor, window: int | None = None, prefix: Prefix | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y, logsumexp) of `window_attention` for keys and values joined with those before, all of one dtype, T ≥ 1."""
+    window = window or all_k.shape[2]
+    if q.shape[2] == 1 or not compiled(q):
+        return _by_blocks(q, all_k, all_v, prefix, seen, window)
+    p_k, p_v = (all_k[:, :, :0], all_v[:, :, :0]) if prefix is None else _wide_prefix(prefix, all_k)
+    return _Compiled.apply(q, all_k, all_v, p_k, p_v, seen, window)
 
 
 def _by_blocks(
