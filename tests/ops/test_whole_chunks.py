@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from remanence.ops import dispatch
+from remanence.ops import dispatch, whole_chunks
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
 from remanence.ops.phases import piece_sizes, whole_sizes
 from remanence.ops.ttt import ttt, ttt_state
@@ -40,9 +40,11 @@ def test_time_training(T, layers):
     q, k, v = (draw(B, H, T, K, seed=i) for i in range(3))
     norm = 1 + 0.2 * draw(H, K, seed=5), 0.2 * draw(H, K, seed=6)
     average = 1 / torch.arange(1, C + 1, dtype=torch.float64)
+    angle = draw(C, K // 2, seed=4)
+    turn = torch.stack([angle.cos(), angle.sin()], 1)
 
     def run(q, k, v, step, average, scale, shift, *weights):
-        y, state = ttt(q, k, v, step, average, scale, shift, ttt_state(weights, B))
+        y, state = ttt(q, k, v, step, average, scale, shift, ttt_state(weights, B), turn=turn)
         return y, *state["anchor"].values(), *state["sum"].values()
 
     return run, [q, k, v, 0.5 * draw(B, H, T, seed=3).sigmoid(), average, *norm, *weights]
@@ -62,6 +64,8 @@ CASES = {
 
 def outcome(run, leaves, floor, monkeypatch, order):
     monkeypatch.setattr(dispatch, "COMPILED_FROM", floor)
+    monkeypatch.setattr(whole_chunks, "EVERY", 2)
+    monkeypatch.setattr(whole_chunks, "SPAN", 2 * C)
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     ends = run(*leaves)
     found = sum((x * draw(*x.shape, seed=30 + i)).sum() for i, x in enumerate(ends))

@@ -99,27 +99,23 @@ class TTTLinear(Memory):
             both, v = self.qkv(x).chunk(2, -1)
             both, after["conv"] = self.conv(torch.cat([both, both], -1), state["conv"])
             q, k = both.chunk(2, -1)
-        phase = state["net"]["pos"][:, None] + torch.arange(x.shape[1], device=x.device)
-        q, k = self._turn(torch.cat([q, k], -1), phase % self.chunk_size).chunk(2, 1)
         step = self.base / self.head_dim * wide(self.step(x)).sigmoid().transpose(1, 2)
         count = torch.arange(1, self.chunk_size + 1, device=x.device)
         average = (1 / count + wide(self.average)).clamp(min=0)
         norm = wide(self.scale), wide(self.shift)
+        q, k, v = (split(part, self.heads) for part in (q, k, v))
         y, after["net"] = ttt(
-            q, k, split(v, self.heads), step, average, *norm, state["net"], checkpoint=self.checkpoint
+            q, k, v, step, average, *norm, state["net"], turn=self.turn(x.device), checkpoint=self.checkpoint
         )
         y = self.norm(merge(y).to(x.dtype))
         y = y if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * y
         return self.out(y), after
 
-    def _turn(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotary phases of the position in the chunk: x [B, T, 2·dim] to [B, 2·heads, T, K]; position [B, T]."""
-        x = split(x, 2 * self.heads)
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
-        angle = (position[..., None].double() * 10000.0**-pairs)[:, None]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    def turn(self, device: torch.device) -> Tensor:
+        """Cosines and sines of the rotary angles at every place in a chunk [chunk, 2, K/2], in float64."""
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
+        angle = torch.arange(self.chunk_size, device=device)[:, None] * 10000.0**-pairs
+        return torch.stack([angle.cos(), angle.sin()], 1)
 
 
 @card(

@@ -56,7 +56,6 @@ from remanence.ops.inner_network import (
     fast_weight_read,
     inner_gradient_along,
     network,
-    standardised,
 )
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.objectives import Objective, Squared
@@ -432,10 +431,10 @@ def fast_weight(
     def whole(x: dict[str, Tensor], W: Weights, S: Weights | None) -> tuple[Tensor, Weights, Weights | None]:
         eta_log = x.get("momentum_log")
         left = torch.ones_like(x["step"]) if eta_log is None else -torch.expm1(eta_log)
-        z, W, S = whole_chunks(
+        return whole_chunks(
             x["query"],
             x["key"],
-            x["value"] - x["key"] if residual else x["value"],
+            x["value"],
             x["step"],
             None if bound is None else left * (bound / chunk_size),
             x["retain_log"].exp(),
@@ -443,12 +442,9 @@ def fast_weight(
             None if norm is None else torch.stack(norm),
             W,
             S,
-            Form(chunk_size, read),
-            functools.partial(_by_chunks, like=W, chunk_size=chunk_size, read=read),
+            Form(chunk_size, read, residual=residual),
+            functools.partial(_by_chunks, like=W, chunk_size=chunk_size, read=read, residual=residual),
         )
-        if norm is not None:
-            z = standardised(z)[0] * norm[0][:, None] + norm[1][:, None]
-        return x["query"] + z if residual else z, W, S
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
         x = dict(zip(inputs, tensors, strict=True))
@@ -552,6 +548,7 @@ def _by_chunks(
     like: Weights,
     chunk_size: int,
     read: str,
+    residual: bool,
 ) -> tuple[Tensor, Tensor]:
     """`whole_chunks` of packed tensors in operations that can be differentiated twice."""
     W, S = unpacked(start, like, momentum_decay is not None)
@@ -559,16 +556,20 @@ def _by_chunks(
     y = []
     for first in range(0, q.shape[2], chunk_size):
         now = slice(first, first + chunk_size)
-        near, deltas, along = inner_gradient_along(k[:, :, now], v[:, :, now], W, False, False, affine, Squared(), None)
+        near, deltas, along = inner_gradient_along(
+            k[:, :, now], v[:, :, now], W, residual, False, affine, Squared(), None
+        )
         steps = theta[:, :, now]
         if most is not None:
             parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
             steps = torch.minimum(steps, most[:, :, now] * along / (torch.stack(parts).sum(0) + 1e-12))
         eta_log = None if momentum_decay is None else momentum_decay[:, :, now].log()
         rule = momentum_coefficients(steps, decay[:, :, now].log(), eta_log)
-        fixed = fast_weight_read(q[:, :, now], W) if read == "anchor" else None
+        fixed = fast_weight_read(q[:, :, now], W, residual=residual, norm=affine) if read == "anchor" else None
         reads = shifted(rule) if read == "before" else rule
-        out, W, S = fast_weight_chunk(q[:, :, now], near, deltas, W, S, rule, reads=reads)
+        out, W, S = fast_weight_chunk(
+            q[:, :, now], near, deltas, W, S, rule, residual=residual, norm=affine, reads=reads
+        )
         y.append(out if fixed is None else fixed)
     both = W if S is None else [torch.cat(pair, -1) for pair in zip(W, S, strict=True)]
     return torch.cat(y, 2), torch.cat([x.flatten(2) for x in both], 2)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.chunk_kernels import copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
+from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
 from remanence.ops.compiled import gemm, jit, summing
 from remanence.ops.gelu_kernels import bend, gelu
 
@@ -231,6 +231,46 @@ def _carry(P, C, R, kept, last, tails, X, D, wide, W):
 
 
 @jit
+def _turned(turn, sign, rows):
+    """Turn feature pairs (j, j + K/2) of token i by ± the angle whose cosine and sine are turn[i, :, j], if any."""
+    for i in range(turn.shape[0]):
+        row, cos, sin = rows[i], turn[i, 0], turn[i, 1]
+        half = cos.shape[0]
+        for d in range(half):
+            a, b = row[d], row[half + d]
+            row[d] = a * cos[d] - sign * b * sin[d]
+            row[half + d] = sign * a * sin[d] + b * cos[d]
+
+
+@jit
+def _take(x, at, b, h, first, width, turn, out):
+    """`take` into the leading columns of out, and turn."""
+    origin = b * at[0] + h * at[1] + first * at[2]
+    for i in range(out.shape[0]):
+        copy_row(x[origin + i * at[2] : origin + i * at[2] + width], out[i, :width])
+    _turned(turn, 1, out)
+
+
+@jit
+def _finish(norm, residual, q, z, unit, inverse, y):
+    """y = [q +] [the norm of] z."""
+    for i in range(z.shape[0]):
+        copy_row(z[i], y[i])
+    if norm.shape[0]:
+        _standardise(z, unit, inverse)
+        scale, shift = norm[0], norm[1]
+        for i in range(z.shape[0]):
+            u, to = unit[i], y[i]
+            for d in range(to.shape[0]):
+                to[d] = scale[d] * u[d] + shift[d]
+    if residual:
+        for i in range(z.shape[0]):
+            from_, to = q[i], y[i]
+            for d in range(to.shape[0]):
+                to[d] += from_[d]
+
+
+@jit
 def _tokens(x, at, b, h, first, out):
     """Copy tokens of a gate into out."""
     origin = b * at[0] + h * at[1] + first * at[2]
@@ -241,7 +281,8 @@ def _tokens(x, at, b, h, first, out):
 @jit
 def _learn(
     P, C, N, R, kind, bounded, averages, met, norm, b, h, t, q, q_at, k, k_at, v, v_at, step, step_at, most, most_at,
-    given, given_at, momentum, momentum_at, width, target, W, X, H, flat, rows, inverse, rules, gates, M, kept,
+    given, given_at, momentum, momentum_at, turn, residual, width, target, W, X, H, flat, rows, inverse, rules, gates,
+    M, kept,
 ):  # fmt: skip
     """What the tokens of a chunk write, and all that makes it.
 
@@ -252,10 +293,15 @@ def _learn(
         gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
     )  # fmt: skip
     x = _at(X, 0, N, P[0, 0])
-    _take(k, k_at, b, h, t, width, x[:C])
+    _take(k, k_at, b, h, t, width, turn, x[:C])
     if N > C:
-        _take(q, q_at, b, h, t, width, x[C:])
+        _take(q, q_at, b, h, t, width, turn, x[C:])
     take(target, v, v_at, b, h, t)
+    if residual:
+        for i in range(C):
+            from_, to = x[i], target[i]
+            for d in range(width):
+                to[d] -= from_[d]
     _tokens(step, step_at, b, h, t, asked[:C])
     _tokens(given, given_at, b, h, t, decays[:C])
     if bounded:
@@ -274,8 +320,9 @@ def _learn(
 
 @jit
 def forward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, every, q, q_at, k, k_at, v, v_at, step,
-    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, start, y, y_at, befores, seen, end,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, residual, every, q, q_at, k, k_at, v,
+    v_at, step, step_at, most, most_at, given, given_at, momentum, momentum_at, norm, turn, start, y, y_at, befores,
+    seen, end,
 ):  # fmt: skip
     N = 2 * C if reads == ANCHOR else C
     P = plan(widths, bias, R, N)
@@ -298,27 +345,21 @@ def forward(
                 copy_row(W, befores[r, c // every])
             _learn(
                 P, C, N, R, kind, bounded, averages, False, norm[r], b, h, t, q, q_at, k, k_at, v, v_at, step, step_at,
-                most, most_at, given, given_at, momentum, momentum_at, widths[0], target, W, X, hidden, flat, rows,
-                inverse, rules, gates, M, kept,
+                most, most_at, given, given_at, momentum, momentum_at, turn, residual, widths[0], target, W, X, hidden,
+                flat, rows, inverse, rules, gates, M, kept,
             )  # fmt: skip
             if reads == ANCHOR:
-                put(y, y_at, b, h, t, _at(hidden, P[L - 1, 4], N, out)[C:])
+                asked, found = _at(X, 0, N, P[0, 0])[C:], _at(hidden, P[L - 1, 4], N, out)[C:]
                 copy_row(hidden, seen[r, c])
             else:
-                _take(q, q_at, b, h, t, widths[0], _at(Z, 0, C, P[0, 0]))
+                asked, found = _at(Z, 0, C, P[0, 0]), _at(Q, P[L - 1, 4], C, out)
+                _take(q, q_at, b, h, t, widths[0], turn, asked)
                 _read(P, C, R, kind, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, Q, GQ, scores)
-                put(y, y_at, b, h, t, _at(Q, P[L - 1, 4], C, out))
                 copy_row(Q, seen[r, c])
+            _finish(norm[r], residual, asked, found, rows[1], inverse, target)
+            put(y, y_at, b, h, t, target)
             _carry(P, C, R, kept, M[C], tails, X, D, wide, W)
         copy_row(W, end[r])
-
-
-@jit
-def _take(x, at, b, h, first, width, out):
-    """`take` into the leading columns of out."""
-    origin = b * at[0] + h * at[1] + first * at[2]
-    for i in range(out.shape[0]):
-        copy_row(x[origin + i * at[2] : origin + i * at[2] + width], out[i, :width])
 
 
 @jit
@@ -392,6 +433,22 @@ def _read_backward(
         gemm(-1.0, scores, True, d_q, False, 1.0, _at(d_D, P[l, 4], C, P[l, 1]))
         if l:
             multiply(d_z, _at(GQ, P[l - 1, 4], C, P[l - 1, 1]), _at(d_Q, P[l - 1, 4], C, P[l - 1, 1]))
+
+
+@jit
+def _finish_backward(norm, z, unit, inverse, d_y, d_z, d_norm):
+    """Of the norm alone: from d_y to d_z, and, added, d_norm."""
+    _standardise(z, unit, inverse)
+    scale, d_scale, d_shift, width, real = norm[0], d_norm[0], d_norm[1], z.shape[1], z.dtype.type
+    for i in range(z.shape[0]):
+        u, from_, to, by = unit[i], d_y[i], d_z[i], inverse[i]
+        for d in range(width):
+            d_scale[d] += from_[d] * u[d]
+            d_shift[d] += from_[d]
+            to[d] = scale[d] * from_[d]
+        mean, along = total(to) / real(width), dot(to, u) / real(width)
+        for d in range(width):
+            to[d] = (to[d] - mean - u[d] * along) * by
 
 
 @jit
@@ -497,10 +554,10 @@ def _of_norm(scale, e, u, up, by):
 
 @jit
 def backward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, every, q, q_at, k, k_at, v, v_at, step,
-    step_at, most, most_at, given, given_at, momentum, momentum_at, norm, befores, seen, d_y, d_y_at,
-    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at,
-    d_momentum, d_momentum_at, d_norm, d_state,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, residual, every, q, q_at, k, k_at, v,
+    v_at, step, step_at, most, most_at, given, given_at, momentum, momentum_at, norm, turn, befores, seen, d_y, d_y_at,
+    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at, d_momentum,
+    d_momentum_at, d_norm, d_state,
 ):  # fmt: skip
     met = reads == ANCHOR
     N = 2 * C if met else C
@@ -517,6 +574,7 @@ def backward(
     d_X, d_Z, flat = np.empty(xs, dtype), np.empty(xs, dtype), np.empty((5, ds), dtype)
     GQ, d_D, d_H, d_Q, curve = flat[0], flat[1], flat[2], flat[3], flat[4]
     target, d_target, d_error = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty((C, out), dtype)
+    d_read, q_unit, q_inverse = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty(C, dtype)
     scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.zeros((C + 1, C), dtype)
     d_K, d_E = np.zeros((C + 1, C + 1), dtype), np.empty(C + 1, dtype)
     d_kept, d_gates = np.zeros(3, dtype), np.zeros((8, C + 1), dtype)
@@ -526,7 +584,11 @@ def backward(
     for g in range(every):
         _ones(P, Xs[g])
     _ones(P, Z)
-    z, keys, queries = _at(Z, 0, C, P[0, 0]), _at(d_X, 0, C, P[0, 0]), _at(d_Z, 0, C, P[0, 0])
+    z, keys = _at(Z, 0, C, P[0, 0]), _at(d_X, 0, C, P[0, 0])
+    if reads == ANCHOR:
+        queries, d_found = _at(d_X, 0, N, P[0, 0])[C:], _at(d_H, P[L - 1, 4], N, out)[C:]
+    else:
+        queries, d_found = _at(d_Z, 0, C, P[0, 0]), _at(d_Q, P[L - 1, 4], C, out)
     for r in range(first, last):
         b, h = r // H, r % H
         d_W = d_state[r]
@@ -539,8 +601,8 @@ def backward(
                     hidden = seen[r, at] if met else flats[g, 3]
                     _learn(
                         P, C, N, R, kind, bounded, averages, met, norm[r], b, h, at * C, q, q_at, k, k_at, v, v_at,
-                        step, step_at, most, most_at, given, given_at, momentum, momentum_at, widths[0], target, Ws[g],
-                        Xs[g], hidden, flats[g], rows[g], inverses[g], rules, gates, M,
+                        step, step_at, most, most_at, given, given_at, momentum, momentum_at, turn, residual,
+                        widths[0], target, Ws[g], Xs[g], hidden, flats[g], rows[g], inverses[g], rules, gates, M,
                         kepts[g],
                     )  # fmt: skip
                     if g < c % every:
@@ -557,10 +619,14 @@ def backward(
             for i in range(C + 1):
                 fill(d_M[i], 0.0)
             _carry_backward(P, C, R, kepts[g], M[C], tails, W, X, D, wide, d_W, d_X, d_D, d_M[C], d_tails, d_kept)
-            if reads == ANCHOR:
-                take(_at(d_H, P[L - 1, 4], N, out)[C:], d_y, d_y_at, b, h, t)
+            take(d_read, d_y, d_y_at, b, h, t)
+            if norm.shape[1]:
+                found = _at(hidden, P[L - 1, 4], N, out)[C:] if met else _at(seen[r, c], P[L - 1, 4], C, out)
+                _finish_backward(norm[r], found, q_unit, q_inverse, d_read, d_found, d_norm[r])
             else:
-                _take(q, q_at, b, h, t, widths[0], z)
+                copy(d_read, d_found)
+            if reads != ANCHOR:
+                _take(q, q_at, b, h, t, widths[0], turn, z)
                 for l in range(L):
                     layer = _at(Z, P[l, 3], C, P[l, 0])
                     _scaled(R, layer, A[reads:], F[reads:], _at(ZZ, R * P[l, 3], C, R * P[l, 0]))
@@ -569,7 +635,6 @@ def backward(
                             kind, _at(seen[r, c], P[l, 4], C, P[l, 1]), _at(Z, P[l + 1, 3], C, P[l + 1, 0]),
                             _at(GQ, P[l, 4], C, P[l, 1]),
                         )  # fmt: skip
-                take(_at(d_Q, P[L - 1, 4], C, out), d_y, d_y_at, b, h, t)
                 _read_backward(
                     P, C, R, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D,
                     d_M[reads:], d_Z, d_Q, d_A[reads:], d_F[reads:],
@@ -603,16 +668,21 @@ def backward(
                 P, C, N, R, kind, norm[r], W, X, hidden, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H,
                 d_error, d_norm[r], d_target,
             )  # fmt: skip
-            if reads == ANCHOR:
-                queries = _at(d_X, 0, N, P[0, 0])[C:]
-            _put(d_q, d_q_at, b, h, t, widths[0], queries)
-            _put(d_k, d_k_at, b, h, t, widths[0], keys)
+            if residual:
+                for i in range(C):
+                    d_query, d_key, of_read, of_target = queries[i], keys[i], d_read[i], d_target[i]
+                    for d in range(out):
+                        d_query[d] += of_read[d]
+                        d_key[d] -= of_target[d]
+            _put(d_q, d_q_at, b, h, t, widths[0], turn, queries)
+            _put(d_k, d_k_at, b, h, t, widths[0], turn, keys)
             put(d_v, d_v_at, b, h, t, d_target)
 
 
 @jit
-def _put(x, at, b, h, first, width, rows):
-    """`put` of the leading columns."""
+def _put(x, at, b, h, first, width, turn, rows):
+    """`put` of the leading columns, turned back; alters them."""
+    _turned(turn, -1, rows)
     origin = b * at[0] + h * at[1] + first * at[2]
     for i in range(rows.shape[0]):
         copy_row(rows[i, :width], x[origin + i * at[2] : origin + i * at[2] + width])

@@ -63,6 +63,15 @@ def ttt_read(query: Tensor, weights: Sequence[Tensor], scale: Tensor, shift: Ten
     return query + _norm(z, scale, shift)
 
 
+def _turn(x: Tensor, turn: Tensor | None, phase: int) -> Tensor:
+    """x [B, H, T, K] turned by its places in the chunk, of which the first is `phase`."""
+    if turn is None:
+        return x
+    cos, sin = turn.to(x)[(phase + torch.arange(x.shape[2], device=x.device)) % len(turn)].unbind(1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
 def _norm(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(z, z.shape[-1:], eps=EPS) * scale[:, None] + shift[:, None]
 
@@ -76,9 +85,14 @@ def ttt_reference(
     scale: Tensor,
     shift: Tensor,
     state: State,
+    *,
+    turn: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """The definition of `ttt`, token by token, its inner gradients taken by automatic differentiation."""
     anchor, total, pos = state["anchor"], state["sum"], state["pos"]
+    if turn is not None:
+        pairs = [zip(x, pos.tolist(), strict=True) for x in (query, key)]
+        query, key = (torch.cat([_turn(row[None], turn, phase) for row, phase in rows]) for rows in pairs)
 
     def loss(weights: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
         return 0.5 * (ttt_read(k, list(weights.values()), scale, shift) - v).square().sum()
@@ -109,6 +123,7 @@ def ttt(
     shift: Tensor,
     state: State,
     *,
+    turn: Tensor | None = None,
     checkpoint: int = 0,
 ) -> tuple[Tensor, State]:
     """A normalised network memory over a sequence, a chunk at a time; equal to `ttt_reference`.
@@ -121,13 +136,15 @@ def ttt(
         average: c, [chunk]: as many tokens share an anchor.
         scale, shift: of the norm, [H, K].
         state: from `ttt_state`, or as an earlier call returned it. Rows may stand at different positions.
+        turn: cosines and sines [chunk, 2, K/2] by which pairs of features (j, j + K/2) of queries and keys are turned
+            before all else, by the token's place in its chunk; None turns nothing.
         checkpoint: chunks whose intermediate results are made again for the gradient, instead of being kept; 0 keeps
             all, which is faster and takes more memory.
 
     Returns: what each query reads after its own token [B, H, T, K], and the state, of constant size.
     Raises: `ShapeError`.
     """
-    _check(query, key, value, step, average, scale, shift, state)
+    _check(query, key, value, step, average, scale, shift, state, turn)
     if not query.shape[2]:
         return value, state
     wide = recurrent_dtype(query)
@@ -143,9 +160,10 @@ def ttt(
         sizes = whole_sizes(T, phase, chunk, T) if fused else piece_sizes(T, phase, chunk)
         for q, k, v, theta in zip(*(x.split(sizes, 2) for x in sequence), strict=True):
             if fused and not phase and q.shape[2] >= chunk:
-                out, W = _whole(q, k, v, theta, average, scale, shift, W)
+                out, W = _whole(q, k, v, theta, average, scale, shift, turn, W)
                 y.append(out)
                 continue
+            q, k = _turn(q, turn, phase), _turn(k, turn, phase)
             c = average[phase : phase + q.shape[2], None]
             z, inputs, deltas = _piece(q, k, v - k, theta, c, scale, shift, W, S if phase else None)
             y.append(q + _norm(z, scale, shift))
@@ -187,31 +205,32 @@ def _whole(
     average: Tensor,
     scale: Tensor,
     shift: Tensor,
+    turn: Tensor | None,
     anchor: list[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Whole chunks: what they read, and the anchor after them."""
     factors = average.repeat(q.shape[2] // len(average)).expand(*q.shape[:3])
 
-    def plain(q: Tensor, k: Tensor, target: Tensor, step: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def plain(q: Tensor, k: Tensor, v: Tensor, step: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         _, factors, _, norm, start = rest
         assert factors is not None
         assert norm is not None
         assert start is not None
         W, y = unpacked(start, anchor, False)[0], []
+        q, k = _turn(q, turn, 0), _turn(k, turn, 0)
+        scale, shift = norm[0, :, 0], norm[0, :, 1]
         for first in range(0, q.shape[2], len(average)):
             now = slice(first, first + len(average))
             c = factors[:, :, now, None]
-            out, inputs, deltas = _piece(
-                q[:, :, now], k[:, :, now], target[:, :, now], step[:, :, now], c, norm[0, :, 0], norm[0, :, 1], W, None
-            )
-            y.append(out)
+            target = v[:, :, now] - k[:, :, now]
+            z, inputs, deltas = _piece(q[:, :, now], k[:, :, now], target, step[:, :, now], c, scale, shift, W, None)
+            y.append(q[:, :, now] + _norm(z, scale, shift))
             W = [_plus(w, -c[:, :, -1:] * d, x) for w, d, x in zip(W, deltas, inputs, strict=True)]
         return torch.cat(y, 2), torch.cat([w.flatten(2) for w in W], 2)
 
-    form = Form(len(average), averages=True, bias=True, tanh=True)
+    form = Form(len(average), averages=True, bias=True, tanh=True, residual=True, turn=turn)
     norm = torch.stack([scale, shift])
-    z, W, _ = whole_chunks(q, k, v - k, step, None, factors, None, norm, anchor, None, form, plain)
-    return q + _norm(z, scale, shift), W
+    return whole_chunks(q, k, v, step, None, factors, None, norm, anchor, None, form, plain)[:2]
 
 
 def _piece(
@@ -289,6 +308,7 @@ def _check(
     scale: Tensor,
     shift: Tensor,
     state: State,
+    turn: Tensor | None,
 ) -> None:
     expect("ttt", "query", query, "batch heads time features")
     B, H, T, K = query.shape
@@ -296,6 +316,8 @@ def _check(
         expect("ttt", name, x, "batch heads time features", batch=B, heads=H, time=T, features=K)
     expect("ttt", "step", step, "batch heads time", batch=B, heads=H, time=T)
     expect("ttt", "average", average, "chunk")
+    if turn is not None:
+        expect("ttt", "turn", turn, "chunk 2 pairs", chunk=len(average), pairs=K // 2)
     for name, x in {"scale": scale, "shift": shift}.items():
         expect("ttt", name, x, "heads features", heads=H, features=K)
     width = K

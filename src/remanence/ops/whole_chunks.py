@@ -17,7 +17,9 @@ class Form(NamedTuple):
 
     chunk_size: tokens that share an anchor. averages: `decay` is c_t, what the chunk's steps up to t are scaled by,
     rather than a_t. bias: the last column of each matrix is added to its outputs. tanh: GELU in its tanh form. read:
-    what queries see, the weights "after" or "before" their token's write, or the chunk's "anchor".
+    what queries see, the weights "after" or "before" their token's write, or the chunk's "anchor". residual: the query
+    is added to what is read, and the key to what is predicted. turn [chunk_size, 2, K/2]: cosines and sines by which
+    queries and keys are turned first, by their place in the chunk.
     """
 
     chunk_size: int
@@ -25,12 +27,14 @@ class Form(NamedTuple):
     averages: bool = False
     bias: bool = False
     tanh: bool = False
+    residual: bool = False
+    turn: Tensor | None = None
 
 
 def whole_chunks(
     query: Tensor,
     key: Tensor,
-    target: Tensor,
+    value: Tensor,
     step: Tensor,
     most: Tensor | None,
     decay: Tensor,
@@ -41,12 +45,12 @@ def whole_chunks(
     form: Form,
     plain: Callable[..., Any],
 ) -> tuple[Tensor, Weights, Weights | None]:
-    """What the queries read of a network that learns (key, target) a chunk at a time, under the squared error.
+    """What the queries read of a network that learns (key, value) a chunk at a time, under the squared error.
 
-    Shapes, T a multiple of the chunk size: query, key [B, H, T, K]; target [B, H, T, V]; step [B, H, T], which is to be
+    Shapes, T a multiple of the chunk size: query, key [B, H, T, K]; value [B, H, T, V]; step [B, H, T], which is to be
     at most `most` [B, H, T] ⟨e, e⟩ / ‖u‖²; decay a (or c) and momentum_decay η [B, H, T]; norm [2, H, V]; weights and
     momentum by layer [B, H, out, in (+ 1 with a bias)].
-    Returns the network's last layer before its norm [B, H, T, V], and the weights and momentum after the last token.
+    Returns what the queries read [B, H, T, V], and the weights and momentum after the last token.
     `plain` computes the same, of the same tensors packed, for second derivatives.
     """
     B, H = query.shape[:2]
@@ -55,7 +59,7 @@ def whole_chunks(
     scale = None if norm is None else norm.transpose(0, 1).expand(B, H, 2, norm.shape[2])
     widths = [W.shape[3] - form.bias for W in weights] + [weights[-1].shape[2]]
     y, end = _Compiled.apply(
-        form, widths, plain, query, key, target, step, most, decay, momentum_decay, scale, start
+        form, widths, plain, query, key, value, step, most, decay, momentum_decay, scale, start
     )  # fmt: skip
     return y, *unpacked(end, weights, momentum is not None)
 
@@ -80,12 +84,13 @@ class _Compiled(torch.autograd.Function):
         from remanence.ops import fast_weight_kernels as kernels
         from remanence.ops.compiled import blank, flat, rows, spread_products
 
-        query, target, start = tensors[0], tensors[2], tensors[8]
+        query, value, start = tensors[0], tensors[2], tensors[8]
         B, H, T = query.shape[:3]
-        y, end = blank(target, 3), torch.empty_like(start, memory_format=torch.contiguous_format)
-        befores = start.new_empty(B * H, -(-T // (form.chunk_size * EVERY)), start.shape[2])
-        seen = (2 * sum(widths[1:-1]) + widths[-1]) if form.read == "anchor" else sum(widths[1:-1])
-        hidden = start.new_empty(B * H, T // form.chunk_size, form.chunk_size * seen)
+        y, end = blank(value, 3), torch.empty_like(start, memory_format=torch.contiguous_format)
+        chunks, anchored, normed = T // form.chunk_size, form.read == "anchor", tensors[7] is not None
+        befores = start.new_empty(B * H, -(-chunks // every(form)), start.shape[2])
+        met = sum(widths[1:-1]) * (1 + anchored) + widths[-1] * (anchored + normed)
+        hidden = start.new_empty(B * H, chunks, form.chunk_size * met)
         arguments, work = _arguments(form, widths, tensors), query.numel() * form.chunk_size
         outputs = *flat(y, 3), befores.numpy(), hidden.numpy(), rows(end)
         spread_products(kernels.forward, B * H, work, *arguments, rows(start), *outputs)
@@ -115,12 +120,16 @@ class _Compiled(torch.autograd.Function):
         return None, None, None, *outs, None if norm is None else d_norm, d_start.view_as(start)
 
 
-EVERY = 4
-"""Chunks from one kept state to the next: of those between, the state is made again for the gradient."""
+EVERY, SPAN = 4, 128
+"""Chunks, or tokens if that is more, from one kept state to the next: those between are made again for the gradient."""
+
+
+def every(form: Form) -> int:
+    return max(EVERY, SPAN // form.chunk_size)
 
 
 def _arguments(form: Form, widths: list[int], tensors: Any) -> list[Any]:
-    """The kernels' arguments up to the norm."""
+    """The kernels' arguments up to what turns queries and keys."""
     import numpy as np
 
     from remanence.ops.compiled import flat_or_none, rows
@@ -128,6 +137,8 @@ def _arguments(form: Form, widths: list[int], tensors: Any) -> list[Any]:
     query, most, momentum, norm = tensors[0], tensors[4], tensors[6], tensors[7]
     B, H, T = query.shape[:3]
     sizes = H, T // form.chunk_size, form.chunk_size, np.array(widths), int(form.bias), 1 + (momentum is not None)
-    kinds = int(form.tanh), most is not None, form.averages, ("before", "after", "anchor").index(form.read), EVERY
+    reads = ("before", "after", "anchor").index(form.read)
+    kinds = int(form.tanh), most is not None, form.averages, reads, form.residual, every(form)
     inputs = [part for x in tensors[:7] for part in flat_or_none(x, 3, query)]
-    return [*sizes, *kinds, *inputs, rows(query.new_empty(B, H, 0, 1) if norm is None else norm)]
+    turn = query.new_empty(0, 2, 0) if form.turn is None else form.turn.to(query).contiguous()
+    return [*sizes, *kinds, *inputs, rows(query.new_empty(B, H, 0, 1) if norm is None else norm), turn.numpy()]
