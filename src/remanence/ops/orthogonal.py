@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +12,11 @@ from remanence.ops import dispatch
 from remanence.ops.chunk_rule import momentum_coefficients
 from remanence.ops.decay import second_order
 from remanence.ops.inner_network import Affine, Weights, standardised
+from remanence.ops.token_stream import Form, kernel_sizes, unpacked
 from remanence.ops.token_weights import token_weights
-from remanence.state import State
 
 MOST_STEPS = 6
 """Of the compiled iteration, which runs on squares: with each step what they lost to rounding grows twelvefold."""
-
-
-class Form(NamedTuple):
-    """What the compiled rule is besides its tensors. steps: of the iteration."""
-
-    steps: int
-    gated: bool
-    before: bool
-    momentum: bool
-    shapes: list[tuple[int, ...]]
 
 
 def worth(query: Tensor, weights: Weights, steps: int) -> bool:
@@ -69,48 +59,7 @@ def orthogonal_tokens(
     if norm is not None:
         z = standardised(z)[0] * norm[0][:, None] + norm[1][:, None]
     y = query + z if residual else z
-    return y, _unpacked(end, form), None if momentum is None else _unpacked(pushed, form)
-
-
-def orthogonal_stream(
-    x: dict[str, Tensor], state: State, phase: int, chunk_size: int, steps: int, read: str, residual: bool, gated: bool
-) -> tuple[Tensor, State]:
-    """`fast_weight` under the squared error without a norm, and without gradients, in one call; `x` by its names.
-
-    Rows stand at `phase` tokens of a chunk.
-    """
-    from remanence.ops import orthogonal_kernels as kernels
-    from remanence.ops.compiled import rows, spread_products
-
-    query, theta, past = x["query"], x["step"], state.get("window", {})
-    seen = {i: torch.cat([past[i], x[i]], 2) if past else x[i] for i in ("key", "value")}
-    weights, T = state["weight"], query.shape[2]
-    form = Form(steps, gated, read == "before", "momentum" in state, [tuple(W.shape[2:]) for W in weights.values()])
-    anchor, W = (torch.cat([A.flatten(2) for A in state[i].values()], 2) for i in ("anchor", "weight"))
-    S = torch.cat([A.flatten(2) for A in state["momentum"].values()], 2) if form.momentum else torch.zeros_like(W)
-    eta = x["momentum_log"].exp() if form.momentum else torch.zeros_like(theta)
-    gamma = x["window"] if past else torch.ones_like(theta)[..., None]
-    target = seen["value"] - seen["key"] if residual else seen["value"]
-    z = query.new_empty(*query.shape[:3], form.shapes[-1][0])
-    parts, work, *kinds = _sizes(form, query)
-    inputs = [rows(part) for part in (query, seen["key"], target, theta, x["retain_log"].exp(), eta, gamma)]
-    moved = [rows(part) for part in (anchor, W, S, z)]
-    spread_products(
-        kernels.stream, parts, work, *kinds, query.shape[1], chunk_size, phase, *inputs, state["pos"].numpy(), *moved
-    )
-
-    def named(packed: Tensor) -> State:
-        return dict(zip(weights, _unpacked(packed, form), strict=True))
-
-    after: State = {"anchor": named(anchor), "weight": named(W)}
-    after |= {"momentum": named(S)} if form.momentum else {}
-    after |= {"window": {i: part[:, :, T:] for i, part in seen.items()}} if past else {}
-    return query + z if residual else z, {**after, "pos": state["pos"] + T}
-
-
-def _unpacked(x: Tensor, form: Form) -> Weights:
-    parts = x.split([out * into for out, into in form.shapes], 2)
-    return [part.unflatten(2, shape) for part, shape in zip(parts, form.shapes, strict=True)]
+    return y, unpacked(end, form), None if momentum is None else unpacked(pushed, form)
 
 
 def _plain(form: Form, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -119,8 +68,8 @@ def _plain(form: Form, *tensors: Tensor) -> tuple[Tensor, ...]:
     outs, ins = zip(*form.shapes, strict=True)
     logs = theta, a.log(), eta.log() if form.momentum else None
     y, end, pushed = token_weights(
-        query, list(inputs.split(ins, 3)), list(deltas.split(outs, 3)), _unpacked(W, form),
-        _unpacked(S, form) if form.momentum else None, logs, band, momentum_coefficients(*logs), form.steps, None,
+        query, list(inputs.split(ins, 3)), list(deltas.split(outs, 3)), unpacked(W, form),
+        unpacked(S, form) if form.momentum else None, logs, band, momentum_coefficients(*logs), form.steps, None,
         "before" if form.before else "after", False, form.gated, None,
     )  # fmt: skip
     last = torch.cat([x.flatten(2) for x in end], 2)
@@ -132,20 +81,20 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, form: Form, *tensors: Any) -> Any:
-        from remanence.ops import orthogonal_kernels as kernels
+        from remanence.ops import token_weights_kernels as kernels
         from remanence.ops.compiled import rows, spread_products
 
         query, start = tensors[0], tensors[7]
         outs = [query.new_empty(*query.shape[:3], form.shapes[-1][0])]
         outs += [torch.empty_like(start, memory_format=torch.contiguous_format) for _ in range(2)]
-        spread_products(kernels.forward, *_sizes(form, query), *(rows(x) for x in (*tensors, *outs)))
+        spread_products(kernels.forward, *kernel_sizes(form, query), *(rows(x) for x in (*tensors, *outs)))
         ctx.save_for_backward(*tensors)
         ctx.form = form
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from remanence.ops import orthogonal_kernels as kernels
+        from remanence.ops import token_weights_kernels as kernels
         from remanence.ops.compiled import rows, spread_products
 
         tensors = ctx.saved_tensors
@@ -154,14 +103,5 @@ class _Compiled(torch.autograd.Function):
         outs = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors[:7]]
         outs += [x.clone(memory_format=torch.contiguous_format) for x in grads[1:]]
         given = (*tensors, grads[0], *outs)
-        spread_products(kernels.backward, *_sizes(ctx.form, tensors[0]), *(rows(x) for x in given))
+        spread_products(kernels.backward, *kernel_sizes(ctx.form, tensors[0]), *(rows(x) for x in given))
         return None, *outs
-
-
-def _sizes(form: Form, query: Tensor) -> list[Any]:
-    """How many heads, how much work, and what the kernels are told of the form."""
-    import numpy as np
-
-    parts = query.shape[0] * query.shape[1]
-    work = parts * query.shape[2] * sum(out * into * min(out, into) for out, into in form.shapes)
-    return [parts, work, form.steps, int(form.gated), int(form.before), np.array(form.shapes)]

@@ -1,4 +1,4 @@
-"""The compiled form of orthogonal steps is their definition."""
+"""The compiled forms that make every token's weights are the definition."""
 
 import pytest
 import torch
@@ -20,6 +20,11 @@ RULES = {
     "gated, before, another loss": {
         "gated": True, "shapes": [(2, K), (2, K), (K, 2)], "read": "before", "objective": OBJECTIVES["huber"],
     },
+    "a window, a bound": {"window": 3, "steps": 0, "bound": 0.5},
+    "a window, gated, without momentum": {
+        "gated": True, "shapes": [(5, K), (5, K), (K, 5)], "window": 2, "steps": 0, "momentum": False, "bound": 1.0,
+    },
+    "a window on a matrix, read before": {"shapes": [(K, K)], "window": 2, "steps": 0, "read": "before"},
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""Orthogonal steps for every token, compiled for the CPU: each call takes the heads from `first` to `last`.
+"""The weights of every token, compiled for the CPU: each call takes the heads from `first` to `last`.
 
 A head's network is L matrices W_l with GELU between them, or gated. Its weights lie in one flat array, layer by layer,
 and so does its momentum S_l; the inputs x and slopes δ of the layers stand side by side in the rows of two matrices.
-Token t sees c tokens, those of rows t … t + c − 1: S ← η_t S − Σ_j γ_tj δ_j x_jᵀ, W ← a_t W + θ_t NS(S).
+Token t sees c tokens, those of rows t … t + c − 1, with weights γ. Its step is orthogonal, by so many `steps` of an
+iteration: S ← η S − Σ_j γ_j δ_j x_jᵀ, W ← a W + θ NS(S). With none it is S ← η S − θ Σ_j γ_j δ_j x_jᵀ, W ← a W + S.
 
 The iteration runs on the smaller of S Sᵀ and Sᵀ S. With B_0 = S Sᵀ / ‖S‖² and P_i = aI + bB_i + cB_i² every B is a
 polynomial of the first, so all commute: B_{i+1} = P_i B_i P_i, and NS(S) = P_{N−1} ⋯ P_0 S / ‖S‖. That takes four small
@@ -173,12 +174,17 @@ def _learn(plan, steps, t, gamma, eta, a, theta, X, D, rows, work, W, S, chains,
         w, s, chain = _layer(plan, l, W), _layer(plan, l, S), _iteration(plan, l, steps, chains)
         x, delta = X[t : t + c, plan[l, 4] : plan[l + 1, 4]], D[t : t + c, plan[l, 3] : plan[l + 1, 3]]
         _push(gamma, eta, x, delta, matrix(rows, c, plan[l, 0]), s)
+        if steps == 0:
+            continue
         norms[l] = _orthogonal(s, chain, work)
         Q, by = chain[2, steps - 1], theta / (norms[l] + S.dtype.type(EPS))
         if w.shape[0] > w.shape[1]:
             gemm(by, s, False, Q, False, a, w)
         else:
             gemm(by, Q, False, s, False, a, w)
+    if steps == 0:
+        for d in range(W.shape[0]):
+            W[d] = a * W[d] + S[d]
 
 
 @jit
@@ -373,33 +379,61 @@ def _inner(plan, gated, W, X, H, G, D, target):
 
 
 @jit
+def _sizes(plan, X, D, size, along):
+    """By token ‖u‖ and ⟨e, e⟩."""
+    last = plan[plan.shape[0] - 2, 3]
+    for i in range(X.shape[0]):
+        square = X.dtype.type(1e-24)
+        for l in range(plan.shape[0] - 1):
+            x, delta = X[i, plan[l, 4] : plan[l + 1, 4]], D[i, plan[l, 3] : plan[l + 1, 3]]
+            square += dot(x, x) * dot(delta, delta)
+        size[i], along[i] = np.sqrt(square), dot(D[i, last:], D[i, last:])
+
+
+@jit
 def stream(
-    first, last, steps, gated, early, shapes, heads, C, phase, q, k, target, theta, a, eta, gamma, pos, anchor, W, S, y
+    first, last, steps, gated, early, shapes, heads, C, phase, bound, q, k, target, theta, a, eta, gamma, pos, anchor,
+    W, S, y,
 ):  # fmt: skip
-    """Tokens without gradients, of which `phase` of the first one's chunk were read before; moves anchor, W and S."""
+    """Tokens without gradients, of which `phase` of the first one's chunk were read before; moves anchor, W and S.
+
+    Where `bound` is above 0, θ is at most (1 − η) `bound` Σ_j γ_j ⟨e_j, e_j⟩ / (Σ_j γ_j ‖u_j‖)².
+    """
     plan, dtype, L, T, c = _plan(shapes, steps), W.dtype, shapes.shape[0], q.shape[1], gamma.shape[2]
+    zero = W.dtype.type(0)
     most = min(C, T) + c - 1
     X, D = np.empty((most, plan[L, 4]), dtype), np.empty((most, plan[L, 3]), dtype)
     H, G = np.empty((most, plan[L, 3]), dtype), np.empty((most, plan[L, 3]), dtype)
+    size, along, seen = np.empty(most, dtype), np.empty(most, dtype), np.empty(c, dtype)
     chains, work, norms = np.empty(plan[L, 5], dtype), np.empty(plan[L, 5], dtype), np.empty(L, dtype)
-    rows, seen = np.empty(c * plan[L, 3], dtype), np.empty(c, dtype)
+    rows, z = np.empty(c * plan[L, 3], dtype), np.empty(plan[L, 4], dtype)
     h, slope, gate = np.empty(plan[L, 3], dtype), np.empty(plan[L, 3], dtype), np.empty(plan[L, 3], dtype)
-    z = np.empty(plan[L, 4], dtype)
     for r in range(first, last):
         start, end = 0, min(C - phase, T)
         while start < T:
             n = end - start + c - 1
             copy(k[r, start : start + n], X[:n, : plan[0, 1]])
             _inner(plan, gated, anchor[r], X[:n], H[:n], G[:n], D[:n], target[r, start : start + n])
+            if bound > 0:
+                _sizes(plan, X[:n], D[:n], size, along)
             for t in range(start, end):
+                wide, error, step = zero, zero, theta[r, t]
                 for j in range(c):
-                    seen[c - 1 - j] = gamma[r, t, j] if pos[r // heads] + t >= j else 0
+                    by = gamma[r, t, c - 1 - j] if pos[r // heads] + t >= c - 1 - j else zero
+                    seen[j] = by
+                    if bound > 0:
+                        wide += by * size[t - start + j]
+                        error += by * along[t - start + j]
+                if bound > 0:
+                    step = min(step, (1 - eta[r, t]) * bound * error / (wide * wide + W.dtype.type(1e-12)))
+                if steps == 0:
+                    for j in range(c):
+                        seen[j] *= step
                 copy_row(q[r, t], z[: plan[0, 1]])
                 if early:
                     _read(plan, gated, W[r], z, h, slope, gate)
                 _learn(
-                    plan, steps, t - start, seen, eta[r, t], a[r, t], theta[r, t], X, D, rows, work, W[r], S[r],
-                    chains, norms,
+                    plan, steps, t - start, seen, eta[r, t], a[r, t], step, X, D, rows, work, W[r], S[r], chains, norms
                 )  # fmt: skip
                 if not early:
                     _read(plan, gated, W[r], z, h, slope, gate)
