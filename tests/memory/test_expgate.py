@@ -270,7 +270,7 @@ def test_lizard_is_one_softmax_like_average() -> None:
 
 
 def test_state_bytes_are_what_the_docstrings_say() -> None:
-    assert nbytes(MLSTM(16, heads=2).initial_state(1)) == 4 * (2 * 4 * 8 + 2 * 4) + 8 * 2
+    assert nbytes(MLSTM(16, heads=2).initial_state(1)) == 4 * (2 * 4 * 8) + 8 * (2 * 4 + 2)
     assert nbytes(RWKV(16).initial_state(1)) == 4 * 3 * 16 + 8 * 16
     assert nbytes(Aaren(16, heads=2).initial_state(1)) == 4 * (16 + 2) + 8 * 2
     assert nbytes(GSA(16, heads=2, slots=5).initial_state(1)) == 4 * 2 * 2 * 5 * 8

@@ -81,6 +81,45 @@ def test_float32_follows_float64(agrees_in_float32, draw):
     agrees_in_float32(expgate, inputs(draw, 200))
 
 
+def run_all(x, cuts=()):
+    """(Outputs and the last state, gradients) of a run in pieces."""
+    x, state, out = [part.detach().requires_grad_() for part in x], None, []
+    for piece in zip(*(part.tensor_split(cuts, 2) for part in x), strict=True):
+        y, state = expgate(*piece, state=state)
+        out.append(y)
+    y = torch.cat(out, 2)
+    weights = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).cos().view_as(y)
+    return [y, *state.values()], torch.autograd.grad((y.double() * weights).sum(), x)
+
+
+def distance(got, want):
+    return max(((x.double() - y).abs().max() / y.abs().max()).item() for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.999, 0.5, 1e-3, 1e-6])
+@pytest.mark.parametrize("centre", [-10.0, 0.0, 5.0, 20.0])
+def test_5000_tokens_in_float32_at_any_decay_with_any_cuts(decay, centre):
+    """To 1e-4, gradients too unless the quotient itself is less certain: by the last digits of its inputs."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5000, 8, generator=g)
+    write = centre + torch.randn(1, 2, 5000, generator=g)
+    x = [q, k, v, torch.full_like(write, math.log(decay)), write]
+    wide = [part.double() for part in x]
+    want, slopes = run_all(wide)
+    got, got_slopes = run_all(x, (1, 700, 701, 3000))
+    assert distance(got, want) < 1e-4
+    digits = [part * (1 + 2**-24 * torch.randn(part.shape, dtype=torch.float64, generator=g)) for part in wide]
+    _, uncertain = run_all(digits)
+    assert distance(got_slopes, slopes) < max(1e-4, 2 * distance(uncertain, slopes))
+
+
+@pytest.mark.parametrize("decay", [1.0, 1e-6])
+def test_equal_values_are_read_as_they_are_in_float32(draw, decay):
+    q, k, _, f, i = (x.detach().float() for x in inputs(draw, 2000))
+    y, _ = expgate(q, k, torch.ones(B, H, 2000, V), torch.full_like(f, math.log(decay)), 20 + i)
+    torch.testing.assert_close(y.abs(), torch.ones_like(y), rtol=1e-4, atol=0)
+
+
 def test_a_closed_input_gate_leaves_the_memory_to_decay(draw):
     q, k, v, f, i = (x.detach() for x in inputs(draw, 6))
     _, before = expgate(q, k, v, f, i)

@@ -37,7 +37,8 @@ class MLSTM(Memory):
         norm_eps, eps: of the norm, and of the quotient after its maximum.
 
     Shapes: x and y [batch, time, dim]; with K and V features per head:
-        state {"C": [batch, heads, K, V], "n": [batch, heads, K], "m": float64 [batch, heads]}, C and n times e^{-m}.
+        state {"C": [batch, heads, K, V], "n": float64 [batch, heads, K], "m": float64 [batch, heads]}, C and n times
+        e^{-m}.
     Raises: `ValueError` if `heads` does not divide the widths; `ShapeError`, `StateError` from `forward`.
     Source: xLSTM-7B (2025), arXiv:2503.13427.
     """
@@ -71,7 +72,7 @@ class MLSTM(Memory):
 
     def initial_state(self, batch: int) -> State:
         C = zeros(self.out.weight, batch, self.heads, *self.head_dims)
-        return {"C": C, "n": C[..., 0].clone(), "m": C.new_zeros(batch, self.heads, dtype=torch.float64)}
+        return {"C": C, "n": C[..., 0].double(), "m": C.new_zeros(batch, self.heads, dtype=torch.float64)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)

@@ -8,6 +8,7 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops.decay import floored, recurrent_dtype
 from remanence.ops.linear_attention import linear_attention
+from remanence.ops.scan import scan
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -30,18 +31,18 @@ def expgate_reference(
     y = C'ᵀq / (max(|n'·q|, e^{−m'}) + eps).
     """
     C, n, m = _begin(key, value, state)
-    dtype = C.dtype
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    n, dtype = n.double(), C.dtype
+    q, k, v = query.double(), key.double(), value.to(dtype)
     f, i = floored(log_forget.double()), log_input.double()
     y = []
     for t in range(key.shape[2]):
         before, m = m, torch.maximum(f[:, :, t] + m, i[:, :, t]).detach()
-        keep, write = (f[:, :, t] + before - m).exp().to(dtype), (i[:, :, t] - m).exp().to(dtype)
+        keep, write = (f[:, :, t] + before - m).exp(), (i[:, :, t] - m).exp()
         added = write[..., None] * k[:, :, t]
         n = torch.addcmul(added, keep[..., None], n)
-        C = torch.addcmul(keep[..., None, None] * C, added[..., None], v[:, :, t, None])
-        size = torch.maximum((n * q[:, :, t]).sum(-1).abs(), (-m).exp().to(dtype)) + eps
-        y.append((q[:, :, t, None] @ C)[:, :, 0] / size[..., None])
+        C = torch.addcmul(keep[..., None, None].to(dtype) * C, added[..., None].to(dtype), v[:, :, t, None])
+        size = torch.maximum((n * q[:, :, t]).sum(-1).abs(), (-m).exp()) + eps
+        y.append((q[:, :, t, None].to(dtype) @ C)[:, :, 0] / size[..., None].to(dtype))
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"C": C, "n": n, "m": m}
 
 
@@ -63,12 +64,13 @@ def expgate(
     $e^{-m} C$ and $e^{-m} n$, where m is the greatest exponent so far, so that gates of any size stay finite; m cancels
     in y and has no gradient of its own: what depends on C and n is differentiated exactly.
 
-    With m known beforehand (a running maximum) this is linear attention with decay f_t + m_{t−1} − m_t ≤ 0 and a value
-    of 1 beside the others, whose sum is the normaliser. The query is not scaled.
+    With m known beforehand (a running maximum) this is linear attention with decay f_t + m_{t−1} − m_t ≤ 0, over a
+    scan of keys. The query is not scaled.
 
-    In float32 the quotient is as exact as its divisor: where the terms of n · q cancel, y and its rounding grow alike.
-    Over 5,000 tokens of random keys without decay that is 6e-5 of the greatest y for i around 0, and 2e-3 for i around
-    5, where that y is 60,000 times a value; published gates, closed at the start, stay below 1e-6.
+    n and n · q are float64 whatever the rest is: that costs little, as n has one number per key feature, and where the
+    terms of n · q cancel, their rounding would be that of y, many times over. C' is not: its sums give their values
+    weights that are off by some δ_j, which is Σ δ_j (v_j − y°) for any y° once y° Σ δ_j is known, and that is the
+    difference of n · q in both precisions. With y° near y, and no greater than values are, little is left of it.
 
     Args:
         log_forget: f ≤ 0, clamped at −60.
@@ -77,7 +79,7 @@ def expgate(
         chunk_size: changes speed, never the result.
 
     Shapes: `query`, `key` [B, H, T, K], `value` and y [B, H, T, V], gates [B, H, T], any T ≥ 0;
-        state {"C": [B, H, K, V], "n": [B, H, K], "m": float64 [B, H]}. Raises: `ShapeError`.
+        state {"C": [B, H, K, V], "n": float64 [B, H, K], "m": float64 [B, H]}. Raises: `ShapeError`.
     Source: Beck et al., xLSTM, arXiv:2405.04517 (2024).
     """
     expect("expgate", "key", key, "batch heads time features")
@@ -88,9 +90,19 @@ def expgate(
         expect("expgate", name, gate, "batch heads time", batch=B, heads=H, time=T)
     if T <= 1:
         return expgate_reference(query, key, value, log_forget, log_input, state, eps=eps)
-    num, den, m, after = exponential_sums(query, key, value, log_forget, log_input, state, chunk_size=chunk_size)
-    size = torch.maximum(den.abs(), (-m).exp().to(den.dtype)) + eps
-    return (num / size[..., None]).to(value.dtype), after
+    C, n, start = _begin(key, value, state)
+    keep, write, m = _stabilised(log_forget, log_input, start)
+    num, rounded, C, _ = _sums(query, key, value, keep, write, C, n.to(C.dtype), chunk_size)
+    counted = (key.double() * write.exp()[..., None]).transpose(1, 2).flatten(2)
+    n, _ = scan(keep.transpose(1, 2).repeat_interleave(K, 2), counted, {"h": n.double().flatten(1)})
+    n = n.unflatten(2, (H, K))
+    den = (n * query.transpose(1, 2)).sum(-1).transpose(1, 2)
+    with torch.no_grad():
+        most = value.abs().amax(2, keepdim=True).to(C.dtype)
+        typical = (num / rounded[..., None]).nan_to_num().clamp(-most, most)
+    num = num + typical * (den - rounded).to(C.dtype)[..., None]
+    size = (torch.maximum(den.abs(), (-m).exp()) + eps).to(C.dtype)
+    return (num / size[..., None]).to(value.dtype), {"C": C, "n": n[:, -1], "m": m[:, :, -1]}
 
 
 def exponential_sums(
@@ -103,33 +115,30 @@ def exponential_sums(
     *,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor, State]:
-    """What `expgate` divides: (C'ᵀq [B, H, T, V], n'·q [B, H, T], m float64 [B, H, T], state).
+    """What `expgate` divides: (C'ᵀq [B, H, T, V], n'·q [B, H, T], m float64 [B, H, T], state), for positive features.
 
-    The true values are e^m times both. With them, averages over disjoint sets of tokens, or of two kinds, can share
-    one normaliser.
+    Nothing cancels in n'·q then, and n is as wide as C. The true values are e^m times both. With them, averages over
+    disjoint sets of tokens, or of two kinds, can share one normaliser.
     """
     C, n, start = _begin(key, value, state)
+    n = n.to(C.dtype)
     if key.shape[2] == 0:
         none = log_input.double()
         return value.to(C.dtype), none.to(C.dtype), none, {"C": C, "n": n, "m": start}
-    f, i = floored(log_forget.double()), log_input.double()
-    with torch.no_grad():
-        total = f.cumsum(2)
-        m = total + torch.cat([start[..., None], i - total], 2).cummax(2).values[:, :, 1:]
-        before = torch.cat([start[..., None], m[:, :, :-1]], 2)
-    written = key.to(C.dtype) * (i - m).exp().to(C.dtype)[..., None]
-    counted = torch.cat([value.to(C.dtype), torch.ones_like(written[..., :1])], 3)
-    S = {"S": torch.cat([C, n[..., None]], 3)}
-    sums, after = linear_attention(query, written, counted, (f + before - m).to(C.dtype), S, chunk_size=chunk_size)
-    C, n = after["S"][..., :-1].contiguous(), after["S"][..., -1].contiguous()
-    return sums[..., :-1], sums[..., -1], m, {"C": C, "n": n, "m": m[:, :, -1]}
+    keep, write, m = _stabilised(log_forget, log_input, start)
+    num, den, C, n = _sums(query, key, value, keep, write, C, n, chunk_size)
+    return num, den, m, {"C": C, "n": n, "m": m[:, :, -1]}
 
 
 def expgate_carry(key: Tensor, value: Tensor, log_forget: Tensor, log_input: Tensor) -> tuple[Tensor, State]:
     """(log decay over the piece [B, H], the state that the piece alone leaves): `merge` adds any state before it."""
     B, H, _, K = key.shape
     empty = key.new_zeros(B, H, K, value.shape[3] + 1, dtype=recurrent_dtype(value))
-    nothing = {"C": empty[..., 1:], "n": empty[..., 0], "m": torch.full_like(empty[:, :, 0, 0], EMPTY).double()}
+    nothing = {
+        "C": empty[..., 1:],
+        "n": empty[..., 0].double(),
+        "m": torch.full_like(empty[:, :, 0, 0], EMPTY).double(),
+    }
     _, state = expgate(key, key, value, log_forget, log_input, nothing)
     return floored(log_forget.double()).sum(2), state
 
@@ -151,10 +160,32 @@ def merge(before: State, log_decay: Tensor, after: State) -> State:
     return {"m": m, **{name: join(before[name], y) for name, y in after.items() if name != "m"}}
 
 
+def _stabilised(log_forget: Tensor, log_input: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Log decays and log weights under the running maximum, both ≤ 0; that maximum m), all float64 [B, H, T]."""
+    f, i = floored(log_forget.double()), log_input.double()
+    with torch.no_grad():
+        total = f.cumsum(2)
+        m = total + torch.cat([start[..., None], i - total], 2).cummax(2).values[:, :, 1:]
+        before = torch.cat([start[..., None], m[:, :, :-1]], 2)
+    return f + before - m, i - m, m
+
+
+def _sums(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, write: Tensor, C: Tensor, n: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(C'ᵀq, n'·q, C', n') at once: a value of 1 beside the others counts the weights that they are given."""
+    written = key.to(C.dtype) * write.exp().to(C.dtype)[..., None]
+    counted = torch.cat([value.to(C.dtype), torch.ones_like(written[..., :1])], 3)
+    S = {"S": torch.cat([C, n[..., None]], 3)}
+    sums, after = linear_attention(query, written, counted, keep.to(C.dtype), S, chunk_size=chunk_size)
+    C, n = after["S"][..., :-1].contiguous(), after["S"][..., -1].contiguous()
+    return sums[..., :-1], sums[..., -1], C, n
+
+
 def _begin(key: Tensor, value: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
     """(C, n, m); a fresh m is 0, so that the first denominators are those of the published models to the last digit."""
     if state is not None:
         return state["C"], state["n"], state["m"].double().detach()
     B, H, _, K = key.shape
     C = key.new_zeros(B, H, K, value.shape[3], dtype=recurrent_dtype(value))
-    return C, C[..., 0].clone(), torch.zeros(B, H, dtype=torch.float64, device=key.device)
+    return C, C[..., 0].double(), torch.zeros(B, H, dtype=torch.float64, device=key.device)
