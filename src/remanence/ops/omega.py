@@ -114,6 +114,10 @@ def omega_delta(
             left = -torch.expm1(rest[0])[..., None] if rest else 1.0
             safe = 1 / (k.square().sum(-1).index_select(2, places) + 1e-12)
             pair = torch.minimum(pair, left * (bound / c) * safe.unflatten(2, (n, c)))
+        if n == 1:
+            read, W, S = _token(q, k, v, pair, a_log, rest[0] if rest else None, W, S)
+            y.append(read)
+            continue
         rule = momentum_coefficients(torch.ones_like(theta), a_log, rest[0] if rest else None)
         errors, rule = _solved(k, v, places, pair, rule, W, S)
         scores = (q @ k.mT).index_select(3, places) * rule.write
@@ -124,6 +128,18 @@ def omega_delta(
         y.append(read)
         W, S = _written(k, places, errors, rule, W, S)
     return torch.cat(y, 2).to(query.dtype), _after(state, W, S, keys, values, query.shape[2])
+
+
+def _token(
+    q: Tensor, k: Tensor, v: Tensor, pair: Tensor, a_log: Tensor, eta_log: Tensor | None, W: Tensor, S: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One token, whose errors nothing but W tells."""
+    change = ((v - k @ W.mT) * pair.flip(-1).mT).mT @ k
+    if S is not None:
+        assert eta_log is not None
+        S = change = torch.addcmul(change, eta_log.exp()[..., None], S)
+    W = torch.addcmul(change, a_log.exp()[..., None], W)
+    return q @ W.mT, W, S
 
 
 def _solved(
