@@ -3,6 +3,7 @@ import torch
 
 from remanence.ops import dispatch, whole_chunks
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
+from remanence.ops.objectives import Dot, Huber, LogCosh, PNorm, Shifted
 from remanence.ops.phases import piece_sizes, whole_sizes
 from remanence.ops.ttt import ttt, ttt_state
 
@@ -13,17 +14,19 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def titans(T, layers, momentum, norm, bound, **answers):
+def titans(T, layers, momentum, norm, bound, thresholds=False, **answers):
     widths = [K] + [6] * (layers - 1) + [K]
     weights = [0.4 * draw(H, widths[i + 1], widths[i], seed=10 + i) for i in range(layers)]
     q, k, v = (draw(B, H, T, K, seed=i) for i in range(3))
     step, retain, eta = draw(B, H, T, seed=3).sigmoid(), -draw(B, H, T, seed=4).exp(), -draw(B, H, T, seed=5).exp()
     affine = [1 + 0.2 * draw(H, K, seed=6), 0.2 * draw(H, K, seed=7)] if norm else []
     leaves = [q, k, v, 0.3 * step, 0.1 * retain, *([eta] if momentum else []), *affine, *weights]
+    leaves += [draw(B, H, T, seed=8).exp()] if thresholds else []
 
     def run(q, k, v, step, retain, *rest):
+        rest, threshold = (rest[:-1], rest[-1]) if thresholds else (rest, None)
         state = fast_weight_state(rest[-layers:], B, momentum=momentum)
-        gates = {"retain_log": retain, "momentum_log": rest[0] if momentum else None}
+        gates = {"retain_log": retain, "momentum_log": rest[0] if momentum else None, "threshold": threshold}
         scale = tuple(rest[momentum : momentum + 2]) if norm else None
         y, state = fast_weight(
             q, k, v, step, state, **gates, chunk_size=C, residual=True, norm=scale, bound=0.5 if bound else None,
@@ -58,6 +61,16 @@ CASES = {
     "read at the anchor": lambda: titans(19, 2, True, True, True, read="anchor"),
     "a matrix read at the anchor": lambda: titans(18, 1, False, False, True, read="anchor"),
     "read before the write": lambda: titans(18, 2, True, False, True, read="before"),
+    "the dot product": lambda: titans(18, 2, True, True, True, objective=Dot()),
+    "the dot product as given": lambda: titans(18, 2, False, False, False, objective=Dot(), read="anchor"),
+    "a cubic loss": lambda: titans(18, 2, False, True, True, objective=PNorm(3.0)),
+    "a loss of power 1": lambda: titans(18, 1, True, False, True, objective=PNorm(1.0)),
+    "a loss of power 2.6": lambda: titans(18, 1, True, False, True, objective=PNorm(2.6)),
+    "log-cosh": lambda: titans(18, 2, False, False, True, objective=LogCosh(2.0)),
+    "Huber": lambda: titans(18, 2, False, True, True, thresholds=True, objective=Huber()),
+    "Huber by coordinate": lambda: titans(18, 2, True, False, True, objective=Huber("coordinate")),
+    "Yaad's": lambda: titans(18, 2, False, True, True, thresholds=True, objective=Huber("mixture")),
+    "a shifted error": lambda: titans(18, 2, False, False, True, objective=Shifted(0.3)),
     "test-time training": lambda: test_time_training(18, 2),
 }
 
@@ -69,11 +82,11 @@ def outcome(run, leaves, floor, monkeypatch, order):
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     ends = run(*leaves)
     found = sum((x * draw(*x.shape, seed=30 + i)).sum() for i, x in enumerate(ends))
-    first = torch.autograd.grad(found, leaves, create_graph=order == 2)
+    first = torch.autograd.grad(found, leaves, create_graph=order == 2, materialize_grads=True)
     if order == 1:
         return [*ends, *first]
     again = sum((x * draw(*x.shape, seed=50 + i)).sum() for i, x in enumerate(first))
-    return [*first, *torch.autograd.grad(again, leaves)]
+    return [*first, *torch.autograd.grad(again, leaves, materialize_grads=True)]
 
 
 @pytest.mark.parametrize("order", [1, 2])

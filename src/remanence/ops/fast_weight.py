@@ -58,7 +58,7 @@ from remanence.ops.inner_network import (
     network,
 )
 from remanence.ops.newton_schulz import newton_schulz
-from remanence.ops.objectives import Objective, Squared
+from remanence.ops.objectives import Dot, Huber, LogCosh, Objective, PNorm, Shifted, Squared
 from remanence.ops.orthogonal import orthogonal_tokens, worth
 from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
 from remanence.ops.retention import Retention, Sequential
@@ -371,10 +371,11 @@ def fast_weight(
     sequential = isinstance(retention, Sequential)
     nonlinear = bool(orthogonal) or (retention is not None and not retention.frozen and read != "anchor") or sequential
     simple = retention is None and window is None and second_log is None and not gated
-    simple = simple and not (exact or nonlinear) and type(objective) is Squared
+    simple = simple and not (exact or nonlinear) and type(objective) in LEARNT
     simple = simple and coefficients is momentum_coefficients and not channels and toward is None
-    fused = simple and compiled(query)
-    single = simple and norm is None and read == "after" and query.shape[2] == 1 and not torch.is_grad_enabled()
+    fused = simple and (threshold is None or threshold.ndim == 3) and compiled(query)
+    single = simple and type(objective) is Squared and norm is None and read == "after"
+    single = single and query.shape[2] == 1 and not torch.is_grad_enabled()
 
     known = retention is None and toward is None and not channels and read != "anchor"
 
@@ -436,19 +437,27 @@ def fast_weight(
     def whole(x: dict[str, Tensor], W: Weights, S: Weights | None) -> tuple[Tensor, Weights, Weights | None]:
         eta_log = x.get("momentum_log")
         left = torch.ones_like(x["step"]) if eta_log is None else -torch.expm1(eta_log)
+        most, bends = None, x.get("threshold")
+        if bound is not None and objective.targets:
+            most = left * (bound / chunk_size)
+        elif bound is not None and (len(W) > 1 or norm is not None):
+            most = left * bound * -torch.expm1(x["retain_log"])
+        if isinstance(objective, Huber) and bends is None:
+            bends = torch.full_like(x["step"], objective.delta)
         return whole_chunks(
             x["query"],
             x["key"],
             x["value"],
             x["step"],
-            None if bound is None else left * (bound / chunk_size),
+            most,
+            bends,
             x["retain_log"].exp(),
             None if eta_log is None else eta_log.exp(),
             None if norm is None else torch.stack(norm),
             W,
             S,
-            Form(chunk_size, read, residual=residual),
-            functools.partial(_by_chunks, like=W, chunk_size=chunk_size, read=read, residual=residual),
+            form := Form(chunk_size, read, residual=residual, objective=objective),
+            functools.partial(_by_chunks, like=W, form=form),
         )
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
@@ -536,6 +545,8 @@ def _token(
     return y, after, None if S is None else pushed
 
 
+LEARNT = Squared, Dot, PNorm, LogCosh, Huber, Shifted
+"""The objectives that the compiled form has."""
 TOGETHER = 64
 """Tokens whose errors one triangular system gives."""
 SPAN = 512
@@ -548,29 +559,34 @@ def _by_chunks(
     v: Tensor,
     theta: Tensor,
     most: Tensor | None,
+    threshold: Tensor | None,
     decay: Tensor,
     momentum_decay: Tensor | None,
     norm: Tensor | None,
     start: Tensor,
     *,
     like: Weights,
-    chunk_size: int,
-    read: str,
-    residual: bool,
+    form: Form,
 ) -> tuple[Tensor, Tensor]:
     """`whole_chunks` of packed tensors in operations that can be differentiated twice."""
     W, S = unpacked(start, like, momentum_decay is not None)
     affine = None if norm is None else (norm[0, :, 0], norm[0, :, 1])
-    y = []
-    for first in range(0, q.shape[2], chunk_size):
-        now = slice(first, first + chunk_size)
+    read, residual, objective, y = form.read, form.residual, form.objective, []
+    for first in range(0, q.shape[2], form.chunk_size):
+        now = slice(first, first + form.chunk_size)
+        bends = None if threshold is None else threshold[:, :, now]
         near, deltas, along = inner_gradient_along(
-            k[:, :, now], v[:, :, now], W, residual, False, affine, Squared(), None
+            k[:, :, now], v[:, :, now], W, residual, False, affine, objective, bends
         )
         steps = theta[:, :, now]
         if most is not None:
             parts = [_square(i) * _square(d) for i, d in zip(near, deltas, strict=True)]
-            steps = torch.minimum(steps, most[:, :, now] * along / (torch.stack(parts).sum(0) + 1e-12))
+            if objective.targets:
+                share = along / (torch.stack(parts).sum(0) + 1e-12)
+            else:
+                growth = [(p + 1e-24).sqrt() / w.shape[-2] ** 0.5 for p, w in zip(parts, W, strict=True)]
+                share = 1 / (torch.stack(growth).amax(0) + 1e-12)
+            steps = torch.minimum(steps, most[:, :, now] * share)
         eta_log = None if momentum_decay is None else momentum_decay[:, :, now].log()
         rule = momentum_coefficients(steps, decay[:, :, now].log(), eta_log)
         fixed = fast_weight_read(q[:, :, now], W, residual=residual, norm=affine) if read == "anchor" else None

@@ -20,7 +20,9 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
 from remanence.ops.compiled import gemm, jit, summing
-from remanence.ops.gelu_kernels import bend, gelu
+from remanence.ops.gelu_kernels import bend as gelu_bend
+from remanence.ops.gelu_kernels import gelu
+from remanence.ops.objective_kernels import DOT, HUBER, HUBER_MIXED, slope, slope_backward
 
 EPS = 1e-6
 """Of the layer norm."""
@@ -69,7 +71,7 @@ def _standardise(h, unit, inverse):
 
 
 @jit
-def _inner(P, C, N, kind, met, norm, W, target, X, H, D, G, B, unit, inverse, error):
+def _inner(P, C, N, kind, met, loss, number, bends, norm, W, target, X, H, D, G, B, unit, inverse, error, slopes):
     """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D.
 
     met: H is known already.
@@ -87,39 +89,60 @@ def _inner(P, C, N, kind, met, norm, W, target, X, H, D, G, B, unit, inverse, er
     width, real = h.shape[1], h.dtype.type
     if norm.shape[0]:
         _standardise(h, unit, inverse)
-        scale, shift = norm[0], norm[1]
-        for i in range(C):
-            u, e, v, to, by = unit[i], error[i], target[i], delta[i], inverse[i]
+    for i in range(C):
+        u, e, v, to = unit[i], error[i], target[i], delta[i]
+        if loss == DOT:
+            fill(e, 0.0)
+        elif norm.shape[0]:
+            scale, shift = norm[0], norm[1]
             for d in range(width):
-                e[d] = scale[d] * u[d] + shift[d] - v[d]
-                to[d] = scale[d] * e[d]
+                e[d] = scale[d] * u[d] + shift[d]
+        else:
+            copy_row(h[i], e)
+        for d in range(width):
+            e[d] -= v[d]
+        slope(loss, number, bends[i], e, slopes[i])
+        copy_row(slopes[i], to)
+        if norm.shape[0]:
+            scale, by = norm[0], inverse[i]
+            for d in range(width):
+                to[d] *= scale[d]
             mean, along = total(to) / real(width), dot(to, u) / real(width)
             for d in range(width):
                 to[d] = (to[d] - mean - u[d] * along) * by
-    else:
-        for i in range(C):
-            e, v, to, row = error[i], target[i], delta[i], h[i]
-            for d in range(width):
-                e[d] = row[d] - v[d]
-                to[d] = e[d]
     for l in range(L - 1, 0, -1):
-        b, slope = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
+        b, rise = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
         w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
         gemm(1.0, _at(D, P[l, 4], C, P[l, 1]), False, w[:, : P[l - 1, 1]], False, 0.0, b)
-        multiply(b, slope, _at(D, P[l - 1, 4], C, P[l - 1, 1]))
+        multiply(b, rise, _at(D, P[l - 1, 4], C, P[l - 1, 1]))
 
 
 @jit
-def _steps(P, C, X, D, error, step, most, bounded, theta, square, along):
-    """θ: what was asked for, at most `most` ⟨e, e⟩ / ‖u‖²."""
+def _grown(P, C, X, D, i):
+    """The layer whose ‖u‖ / √out is the greatest, and that."""
+    layer, most = 0, D[0] * 0
+    for l in range(P.shape[0] - 1):
+        x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
+        grown = np.sqrt((dot(x, x) * dot(delta, delta) + 1e-24) / P[l, 1])
+        if grown >= most:
+            layer, most = l, D.dtype.type(grown)
+    return layer, most
+
+
+@jit
+def _steps(P, C, X, D, loss, error, slopes, step, most, bounded, theta, square, along):
+    """θ: what was asked for, at most `most` ⟨e, ∂ℓ/∂f⟩ / ‖u‖²; without an error to mend `most` over what grows most."""
     for i in range(C):
         theta[i] = step[i]
-        if bounded:
+        if bounded and loss == DOT:
+            square[i], along[i] = _grown(P, C, X, D, i)[1] + 1e-12, 1
+        elif bounded:
             square[i] = 1e-12
             for l in range(P.shape[0] - 1):
                 x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
                 square[i] += dot(x, x) * dot(delta, delta)
-            along[i] = dot(error[i], error[i])
+            along[i] = dot(error[i], slopes[i])
+        if bounded:
             theta[i] = min(theta[i], most[i] * along[i] / square[i])
 
 
@@ -142,7 +165,7 @@ def _rule(C, averages, given, momentum, A, E, K):
 @jit
 def _rules(C, dtype):
     """θ, A, F, s, then what was asked for, by token; E and K; M; before the first token."""
-    gates, rules, M = np.zeros((10, C + 1), dtype), np.zeros((2, C + 1, C + 1), dtype), np.zeros((C + 1, C), dtype)
+    gates, rules, M = np.zeros((11, C + 1), dtype), np.zeros((2, C + 1, C + 1), dtype), np.zeros((C + 1, C), dtype)
     fill(gates[1], 1.0)
     rules[0, 0, 0] = 1
     return gates, rules, M
@@ -233,6 +256,7 @@ def _carry(P, C, R, kept, last, tails, X, D, wide, W):
 @jit
 def _turned(turn, sign, rows):
     """Turn feature pairs (j, j + K/2) of token i by ± the angle whose cosine and sine are turn[i, :, j], if any."""
+    sign = rows.dtype.type(sign)
     for i in range(turn.shape[0]):
         row, cos, sin = rows[i], turn[i, 0], turn[i, 1]
         half = cos.shape[0]
@@ -280,17 +304,17 @@ def _tokens(x, at, b, h, first, out):
 
 @jit
 def _learn(
-    P, C, N, R, kind, bounded, averages, met, norm, b, h, t, q, q_at, k, k_at, v, v_at, step, step_at, most, most_at,
-    given, given_at, momentum, momentum_at, turn, residual, width, target, W, X, H, flat, rows, inverse, rules, gates,
-    M, kept,
+    P, C, N, R, kind, bounded, averages, loss, number, met, norm, b, h, t, q, q_at, k, k_at, v, v_at, step, step_at,
+    most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual, width, target, W, X, H, flat,
+    rows, inverse, rules, gates, M, kept,
 ):  # fmt: skip
     """What the tokens of a chunk write, and all that makes it.
 
-    `flat`: D, G, B of `_inner`; `rows`: its error and unit; `rules`, `gates`: see `_rules`; `kept`: A, F and the
-    momentum's own decay at the last token.
+    `flat`: D, G, B of `_inner`; `rows`: its error, unit and slopes; `rules`, `gates`: see `_rules`; `kept`: A, F and
+    the momentum's own decay at the last token.
     """
-    theta, A, F, tails, asked, ceiling, square, along, decays, etas = (
-        gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9],
+    theta, A, F, tails, asked, ceiling, square, along, decays, etas, bends = (
+        gates[0], gates[1], gates[2], gates[3], gates[4], gates[5], gates[6], gates[7], gates[8], gates[9], gates[10],
     )  # fmt: skip
     x = _at(X, 0, N, P[0, 0])
     _take(k, k_at, b, h, t, width, turn, x[:C])
@@ -308,8 +332,13 @@ def _learn(
         _tokens(most, most_at, b, h, t, ceiling[:C])
     if R == 2:
         _tokens(momentum, momentum_at, b, h, t, etas[:C])
-    _inner(P, C, N, kind, met, norm, W, target, X, H, flat[0], flat[1], flat[2], rows[1], inverse, rows[0])
-    _steps(P, C, X, flat[0], rows[0], asked, ceiling, bounded, theta, square, along)
+    if HUBER <= loss <= HUBER_MIXED:
+        _tokens(bend, bend_at, b, h, t, bends[:C])
+    _inner(
+        P, C, N, kind, met, loss, number, bends, norm, W, target, X, H, flat[0], flat[1], flat[2], rows[1], inverse,
+        rows[0], rows[2],
+    )  # fmt: skip
+    _steps(P, C, X, flat[0], loss, rows[0], rows[2], asked, ceiling, bounded, theta, square, along)
     _rule(C, averages, decays, etas, A, rules[0], rules[1])
     _write(C, rules[1], theta, M, F)
     last = rules[0, C]
@@ -320,16 +349,16 @@ def _learn(
 
 @jit
 def forward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, residual, every, q, q_at, k, k_at, v,
-    v_at, step, step_at, most, most_at, given, given_at, momentum, momentum_at, norm, turn, start, y, y_at, befores,
-    seen, end,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, loss, number, reads, residual, every, q, q_at,
+    k, k_at, v, v_at, step, step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, norm, turn,
+    start, y, y_at, befores, seen, end,
 ):  # fmt: skip
     N = 2 * C if reads == ANCHOR else C
     P = plan(widths, bias, R, N)
     L, dtype = P.shape[0] - 1, start.dtype
     xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
     X, Z, ZZ, wide = np.empty(xs, dtype), np.empty(xs, dtype), np.empty(R * xs, dtype), np.empty(R * xs, dtype)
-    flat, rows, target = np.empty((6, ds), dtype), np.empty((2, C, out), dtype), np.empty((C, out), dtype)
+    flat, rows, target = np.empty((6, ds), dtype), np.empty((3, C, out), dtype), np.empty((C, out), dtype)
     D, hidden, Q, GQ = flat[0], flat[3], flat[4], flat[5]
     scores, inverse, kept, W = np.empty((C, C), dtype), np.empty(C, dtype), np.zeros(3, dtype), np.empty_like(start[0])
     gates, rules, M = _rules(C, dtype)
@@ -344,9 +373,9 @@ def forward(
             if c % every == 0:
                 copy_row(W, befores[r, c // every])
             _learn(
-                P, C, N, R, kind, bounded, averages, False, norm[r], b, h, t, q, q_at, k, k_at, v, v_at, step, step_at,
-                most, most_at, given, given_at, momentum, momentum_at, turn, residual, widths[0], target, W, X, hidden,
-                flat, rows, inverse, rules, gates, M, kept,
+                P, C, N, R, kind, bounded, averages, loss, number, False, norm[r], b, h, t, q, q_at, k, k_at, v, v_at,
+                step, step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual,
+                widths[0], target, W, X, hidden, flat, rows, inverse, rules, gates, M, kept,
             )  # fmt: skip
             if reads == ANCHOR:
                 asked, found = _at(X, 0, N, P[0, 0])[C:], _at(hidden, P[L - 1, 4], N, out)[C:]
@@ -453,35 +482,41 @@ def _finish_backward(norm, z, unit, inverse, d_y, d_z, d_norm):
 
 @jit
 def _steps_backward(
-    P, C, X, D, error, step, most, theta, square, along, bounded, d_theta, d_step, d_most, d_X, d_D, d_E
-):
-    """From d_theta to d_step, or to d_most and, added, d_X and d_D; and set d_E, of the error."""
+    P, C, X, D, loss, step, most, theta, square, along, bounded, d_theta, d_step, d_most, d_X, d_D, d_along
+):  # fmt: skip
+    """From d_theta to d_step, or to d_most, d_along (of ⟨e, ∂ℓ/∂f⟩) and, added, d_X and d_D."""
     for i in range(C):
-        d_step[i], d_most[i] = d_theta[i], 0
-        e, d_e = error[i], d_E[i]
-        fill(d_e, 0.0)
-        if bounded and theta[i] < step[i]:
-            d_step[i], d_most[i] = 0, d_theta[i] * along[i] / square[i]
-            per = d_theta[i] * most[i] / square[i]
-            per += per
-            for d in range(e.shape[0]):
-                d_e[d] = per * e[d]
-            per *= -(along[i] / square[i])
-            for l in range(P.shape[0] - 1):
-                x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
-                d_x, d_delta = _at(d_X, P[l, 3], C, P[l, 0])[i], _at(d_D, P[l, 4], C, P[l, 1])[i]
-                of_x, of_delta = per * dot(delta, delta), per * dot(x, x)
-                for d in range(x.shape[0]):
-                    d_x[d] += of_x * x[d]
-                for d in range(delta.shape[0]):
-                    d_delta[d] += of_delta * delta[d]
+        d_step[i], d_most[i], d_along[i] = d_theta[i], 0, 0
+        if not (bounded and theta[i] < step[i]):
+            continue
+        d_step[i], d_most[i] = 0, d_theta[i] * along[i] / square[i]
+        per = d_theta[i] * most[i] / square[i]
+        first, last = 0, P.shape[0] - 1
+        if loss == DOT:
+            first = _grown(P, C, X, D, i)[0]
+            last = first + 1
+            per /= -(square[i] * square[i]) * P[first, 1]
+        else:
+            d_along[i] = per
+            per *= -2 * along[i] / square[i]
+        per = X.dtype.type(per)
+        for l in range(first, last):
+            x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
+            d_x, d_delta = _at(d_X, P[l, 3], C, P[l, 0])[i], _at(d_D, P[l, 4], C, P[l, 1])[i]
+            of_x, of_delta = per * dot(delta, delta), per * dot(x, x)
+            for d in range(x.shape[0]):
+                d_x[d] += of_x * x[d]
+            for d in range(delta.shape[0]):
+                d_delta[d] += of_delta * delta[d]
 
 
 @jit
 def _inner_backward(
-    P, C, N, R, kind, norm, W, X, H, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H, d_E, d_norm, d_target
+    P, C, N, R, kind, loss, number, bends, norm, W, X, H, D, G, B, unit, inverse, error, slopes, curve, d_W, d_X, d_D,
+    d_H, d_E, d_along, d_bends, d_norm, d_target,
 ):  # fmt: skip
-    """From d_X, d_D and d_E to d_X of the first layer, the keys' gradient, and d_target; adds to d_W and d_norm.
+    """From d_X, d_D and d_along to d_X of the first layer, the keys' gradient, d_bends and d_target; adds to d_W and
+    d_norm.
 
     Of queries that read the anchor, too: from their d_H of the last layer, in the rows after the keys'.
     """
@@ -495,11 +530,11 @@ def _inner_backward(
         wide = R * P[l, 0]
         w, d_w = _at(W, P[l, 2], P[l, 1], wide), _at(d_W, P[l, 2], P[l, 1], wide)
         h, out = _at(H, P[l - 1, 4], C, P[l - 1, 1]), _at(curve, 0, C, P[l - 1, 1])
-        bend(kind, h, out)
-        back, slope = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
+        gelu_bend(kind, h, out)
+        back, rise = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
         d_delta, d_h = _at(d_D, P[l - 1, 4], C, P[l - 1, 1]), _at(d_H, P[l - 1, 4], C, P[l - 1, 1])
         for i in range(C):
-            from_, by, curved, came, to = d_delta[i], slope[i], out[i], back[i], d_h[i]
+            from_, by, curved, came, to = d_delta[i], rise[i], out[i], back[i], d_h[i]
             for d in range(to.shape[0]):
                 to[d] = from_[d] * came[d] * curved[d]
                 from_[d] *= by[d]
@@ -508,26 +543,37 @@ def _inner_backward(
     d_delta, d_h = _at(d_D, P[L - 1, 4], C, P[L - 1, 1]), _at(d_H, P[L - 1, 4], C, P[L - 1, 1])
     width, real = d_h.shape[1], d_h.dtype.type
     for i in range(C):
-        up, to, d_e, d_v, e = d_delta[i], d_h[i], d_E[i], d_target[i], error[i]
+        up, to, d_e, d_v, e, s, u = d_delta[i], d_h[i], d_E[i], d_target[i], error[i], slopes[i], unit[i]
+        per, d_s = d_along[i], d_target[i]
         if norm.shape[0]:
-            scale, u, by = norm[0], unit[i], inverse[i]
-            d_scale, d_shift = d_norm[0], d_norm[1]
-            # δ = inverse · r with r = ê − mean(ê) − u mean(ê u), ê = scale · e
-            mean, along, d_inverse, d_mean, d_along = _of_norm(scale, e, u, up, by)
+            scale, d_scale, by = norm[0], d_norm[0], inverse[i]
+            # δ = inverse · r with r = ŝ − mean(ŝ) − u mean(ŝ u), ŝ = scale · s
+            mean, along, d_inverse, d_mean, d_turn = _of_norm(scale, s, u, up, by)
             for d in range(width):
-                d_scaled = by * up[d] - d_mean - u[d] * d_along
-                d_e[d] += scale[d] * d_scaled
-                d_scale[d] += e[d] * d_scaled + u[d] * d_e[d]
+                d_scaled = by * up[d] - d_mean - u[d] * d_turn
+                d_scale[d] += s[d] * d_scaled
+                d_s[d] = scale[d] * d_scaled + per * e[d]
+        else:
+            for d in range(width):
+                d_s[d] = up[d] + per * e[d]
+        for d in range(width):
+            d_e[d] = per * s[d]
+        d_bends[i] = slope_backward(loss, number, bends[i], e, s, d_s, d_e)
+        for d in range(width):
+            d_v[d] = -d_e[d]
+        if loss == DOT:
+            fill(d_e, 0.0)
+        if norm.shape[0]:
+            scale, d_scale, d_shift, by = norm[0], d_norm[0], d_norm[1], inverse[i]
+            for d in range(width):
+                d_scale[d] += u[d] * d_e[d]
                 d_shift[d] += d_e[d]
-                to[d] = scale[d] * d_e[d] - scale[d] * e[d] * d_along - by * up[d] * along
-                d_v[d] = -d_e[d]
+                to[d] = scale[d] * d_e[d] - scale[d] * s[d] * d_turn - by * up[d] * along
             mean, along = total(to) / real(width), (dot(to, u) + by * d_inverse) / real(width)
             for d in range(width):
                 to[d] = by * (to[d] - mean - u[d] * along)
         else:
-            for d in range(width):
-                to[d] = d_e[d] + up[d]
-                d_v[d] = -to[d]
+            copy_row(d_e, to)
     for l in range(L - 1, -1, -1):
         x, d_h = _at(X, P[l, 3], N, P[l, 0]), _at(d_H, P[l, 4], N, P[l, 1])
         w, d_w = _at(W, P[l, 2], P[l, 1], R * P[l, 0]), _at(d_W, P[l, 2], P[l, 1], R * P[l, 0])
@@ -554,10 +600,10 @@ def _of_norm(scale, e, u, up, by):
 
 @jit
 def backward(
-    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, reads, residual, every, q, q_at, k, k_at, v,
-    v_at, step, step_at, most, most_at, given, given_at, momentum, momentum_at, norm, turn, befores, seen, d_y, d_y_at,
-    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_given, d_given_at, d_momentum,
-    d_momentum_at, d_norm, d_state,
+    first, last, H, chunks, C, widths, bias, R, kind, bounded, averages, loss, number, reads, residual, every, q, q_at,
+    k, k_at, v, v_at, step, step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, norm, turn,
+    befores, seen, d_y, d_y_at, d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_step, d_step_at, d_most, d_most_at, d_bend,
+    d_bend_at, d_given, d_given_at, d_momentum, d_momentum_at, d_norm, d_state,
 ):  # fmt: skip
     met = reads == ANCHOR
     N = 2 * C if met else C
@@ -566,7 +612,7 @@ def backward(
     xs, ds, out = P[L, 3], P[L, 4], P[L - 1, 1]
     # of the chunks between two kept states
     Ws, Xs = np.empty((every, befores.shape[2]), dtype), np.empty((every, xs), dtype)
-    flats, rows = np.empty((every, 4, ds), dtype), np.empty((every, 2, C, out), dtype)
+    flats, rows = np.empty((every, 4, ds), dtype), np.empty((every, 3, C, out), dtype)
     states = [_rules(C, dtype) for _ in range(every)]
     inverses, kepts = np.empty((every, C), dtype), np.zeros((every, 3), dtype)
 
@@ -577,9 +623,10 @@ def backward(
     d_read, q_unit, q_inverse = np.empty((C, out), dtype), np.empty((C, out), dtype), np.empty(C, dtype)
     scores, rates, d_M = np.empty((C, C), dtype), np.empty((C, C), dtype), np.zeros((C + 1, C), dtype)
     d_K, d_E = np.zeros((C + 1, C + 1), dtype), np.empty(C + 1, dtype)
-    d_kept, d_gates = np.zeros(3, dtype), np.zeros((8, C + 1), dtype)
-    d_theta, d_A, d_F, d_tails, d_asked, d_ceiling, d_decays, d_etas = (
-        d_gates[0], d_gates[1], d_gates[2], d_gates[3], d_gates[4], d_gates[5], d_gates[6], d_gates[7],
+    d_kept, d_gates = np.zeros(3, dtype), np.zeros((10, C + 1), dtype)
+    d_theta, d_A, d_F, d_tails, d_asked, d_ceiling, d_decays, d_etas, d_along, d_bends = (
+        d_gates[0], d_gates[1], d_gates[2], d_gates[3], d_gates[4], d_gates[5], d_gates[6], d_gates[7], d_gates[8],
+        d_gates[9],
     )  # fmt: skip
     for g in range(every):
         _ones(P, Xs[g])
@@ -600,16 +647,16 @@ def backward(
                     gates, rules, M = states[g]
                     hidden = seen[r, at] if met else flats[g, 3]
                     _learn(
-                        P, C, N, R, kind, bounded, averages, met, norm[r], b, h, at * C, q, q_at, k, k_at, v, v_at,
-                        step, step_at, most, most_at, given, given_at, momentum, momentum_at, turn, residual,
-                        widths[0], target, Ws[g], Xs[g], hidden, flats[g], rows[g], inverses[g], rules, gates, M,
-                        kepts[g],
+                        P, C, N, R, kind, bounded, averages, loss, number, met, norm[r], b, h, at * C, q, q_at, k,
+                        k_at, v, v_at, step, step_at, most, most_at, bend, bend_at, given, given_at, momentum,
+                        momentum_at, turn, residual, widths[0], target, Ws[g], Xs[g], hidden, flats[g], rows[g],
+                        inverses[g], rules, gates, M, kepts[g],
                     )  # fmt: skip
                     if g < c % every:
                         copy_row(Ws[g], Ws[g + 1])
                         _carry(P, C, R, kepts[g], M[C], gates[3], Xs[g], flats[g, 0], wide, Ws[g + 1])
             g, t = c % every, c * C
-            W, X, error, unit, inverse = Ws[g], Xs[g], rows[g, 0], rows[g, 1], inverses[g]
+            W, X, error, unit, slopes, inverse = Ws[g], Xs[g], rows[g, 0], rows[g, 1], rows[g, 2], inverses[g]
             D, G, B, hidden = flats[g, 0], flats[g, 1], flats[g, 2], seen[r, c] if met else flats[g, 3]
             gates, rules, M = states[g]
             theta, A, F, tails, E, K = gates[0], gates[1], gates[2], gates[3], rules[0], rules[1]
@@ -655,8 +702,8 @@ def backward(
                 fill(to[s:], 0.0)
             _rule_backward(C, averages, gates[8], gates[9], A, E, K, d_A, d_E, d_K, d_decays, d_etas)
             _steps_backward(
-                P, C, X, D, error, gates[4], gates[5], theta, gates[6], gates[7], bounded, d_theta, d_asked, d_ceiling,
-                d_X, d_D, d_error,
+                P, C, X, D, loss, gates[4], gates[5], theta, gates[6], gates[7], bounded, d_theta, d_asked, d_ceiling,
+                d_X, d_D, d_along,
             )  # fmt: skip
             _put_tokens(d_step, d_step_at, b, h, t, d_asked[:C])
             _put_tokens(d_given, d_given_at, b, h, t, d_decays[:C])
@@ -665,9 +712,11 @@ def backward(
             if R == 2:
                 _put_tokens(d_momentum, d_momentum_at, b, h, t, d_etas[:C])
             _inner_backward(
-                P, C, N, R, kind, norm[r], W, X, hidden, D, G, B, unit, inverse, error, curve, d_W, d_X, d_D, d_H,
-                d_error, d_norm[r], d_target,
+                P, C, N, R, kind, loss, number, gates[10], norm[r], W, X, hidden, D, G, B, unit, inverse, error, slopes,
+                curve, d_W, d_X, d_D, d_H, d_error, d_along, d_bends, d_norm[r], d_target,
             )  # fmt: skip
+            if HUBER <= loss <= HUBER_MIXED:
+                _put_tokens(d_bend, d_bend_at, b, h, t, d_bends[:C])
             if residual:
                 for i in range(C):
                     d_query, d_key, of_read, of_target = queries[i], keys[i], d_read[i], d_target[i]

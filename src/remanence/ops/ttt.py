@@ -212,7 +212,7 @@ def _whole(
     factors = average.repeat(q.shape[2] // len(average)).expand(*q.shape[:3])
 
     def plain(q: Tensor, k: Tensor, v: Tensor, step: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        _, factors, _, norm, start = rest
+        _, _, factors, _, norm, start = rest
         assert factors is not None
         assert norm is not None
         assert start is not None
@@ -230,7 +230,7 @@ def _whole(
 
     form = Form(len(average), averages=True, bias=True, tanh=True, residual=True, turn=turn)
     norm = torch.stack([scale, shift])
-    return whole_chunks(q, k, v, step, None, factors, None, norm, anchor, None, form, plain)[:2]
+    return whole_chunks(q, k, v, step, None, None, factors, None, norm, anchor, None, form, plain)[:2]
 
 
 def _piece(
