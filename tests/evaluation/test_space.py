@@ -11,7 +11,7 @@ from remanence.errors import RemanenceError, StreamError, UnknownName
 from remanence.evaluation import benchmarks
 from remanence.evaluation.benchmarks.bare import BareMemory, Finder, Pairs, recall
 from remanence.evaluation.benchmarks.picture import draw, show
-from remanence.evaluation.benchmarks.space import ANSWERS, CENTRE, around, grid, prequential, title
+from remanence.evaluation.benchmarks.space import ANSWERS, CENTRE, NAMED, around, grid, prequential, title
 from remanence.evaluation.benchmarks.training import Entry
 from remanence.memory.fast_weight import ROWS
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
@@ -27,9 +27,10 @@ def test_by_default_every_answer_is_given_once_and_the_rest_are_the_centres():
     rows = around()
     assert rows[0] == CENTRE
     for question, answers in ANSWERS.items():
-        assert {row[question] for row in rows} == set(answers)
+        assert {row[question] for row in rows} == set(answers) - NAMED
     assert all(sum(row[q] != CENTRE[q] for q in CENTRE) == 1 for row in rows[1:])
-    assert len({title(row) for row in rows}) == len(rows) == 1 + sum(len(a) - 1 for a in ANSWERS.values())
+    assert len({title(row) for row in rows}) == len(rows) == 1 + sum(len(a) - 1 for a in ANSWERS.values()) - len(NAMED)
+    assert {a for answers in ANSWERS.values() for a in answers} > NAMED
 
 
 def test_answers_given_are_crossed():

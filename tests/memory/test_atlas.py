@@ -150,7 +150,7 @@ def test_deep_linear_attention_stays_bounded_where_the_free_rule_explodes():
 def test_recall_reads_what_is_known():
     memory, x = build(OmegaNet), draw(8)
     _, state = memory(x)
-    q = memory.lift(torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double())
+    (q,) = memory.lift(torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).double())
     assert memory.recall(q, state).shape == (2, 2, 3, 4)
     assert (memory.recall(q, state) - memory.recall(q, memory.initial_state(2))).abs().max() > 1e-6
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from remanence.errors import RemanenceError, UnknownName
 from remanence.memory import make
 from remanence.memory.base import ragged
-from remanence.memory.fast_weight import OPTIMIZERS, ROWS, STRUCTURES, FastWeightMemory
+from remanence.memory.fast_weight import GATES, KEPT, OPTIMIZERS, ROWS, STRUCTURES, FastWeightMemory
 from remanence.memory.miras import Memora, Moneta, Yaad
 from remanence.memory.titans import Titans
 from remanence.ops.fast_weight import READS
@@ -34,7 +34,7 @@ def close(a, b, tolerance=1e-9):
 ANSWERS = {
     "structure": st.sampled_from(STRUCTURES),
     "objective": st.sampled_from(list(OBJECTIVES)),
-    "retention": st.sampled_from(["none", "decay", *RETENTIONS]),
+    "retention": st.sampled_from([*KEPT, *RETENTIONS]),
     "optimizer": st.sampled_from(list(OPTIMIZERS)),
     "read": st.sampled_from(READS),
     "chunk_size": st.integers(1, 5),
@@ -42,6 +42,7 @@ ANSWERS = {
     "window": st.integers(1, 3),
     "norm": st.booleans(),
     "residual": st.booleans(),
+    "gates": st.sampled_from(GATES),
 }
 
 
@@ -55,7 +56,9 @@ def test_any_combination_runs_and_resumes_or_says_why(answers, cut):
     else:
         why = None
     if why is not None:
-        assert answers["structure"] == "vector" or (answers["objective"], answers["retention"]) == ("dot", "none")
+        hidden = answers["structure"] == "mlp" and answers["layers"] > 2 and answers["gates"] == "channel"
+        dot = (answers["objective"], answers["retention"]) == ("dot", "none")
+        assert answers["structure"] == "vector" or dot or hidden
         assert why.startswith("FastWeightMemory: ")
         assert why.endswith(".")
         return
@@ -95,13 +98,14 @@ def mixed(memory, x):
 @pytest.mark.parametrize("kind", [Titans, Moneta, Yaad, Memora])
 def test_a_named_system_is_its_row(kind):
     x, chunk = draw(9), ROWS[kind.__name__.lower()].get("chunk_size", 16)
-    same = build(kind, chunk_size=chunk), build(**ROWS[kind.__name__.lower()] | {"chunk_size": chunk})
+    gates = {} if kind is Titans else {"gates": "channel"}
+    same = build(kind, chunk_size=chunk), build(**gates, **ROWS[kind.__name__.lower()] | {"chunk_size": chunk})
     assert torch.equal(same[0](x)[0], same[1](x)[0])
 
 
 def test_moneta_of_two_and_two_is_plain_descent():
     x = draw(9)
-    two, plain = build(Moneta, p=2, q=2, max_step=0.05), build(norm=True, max_step=0.1)
+    two, plain = build(Moneta, p=2, q=2, max_step=0.05), build(norm=True, max_step=0.1, gates="channel")
     close(two(x)[0], plain(x)[0], 1e-6)  # the p-norm's slope is 2e, of |e| smoothed at 10⁻³
     assert (build(Moneta)(x)[0] - plain(x)[0]).abs().max() > 1e-3
 
@@ -138,7 +142,10 @@ def test_rows_of_different_lengths_read_as_if_alone():
     ("answers", "said"),
     [
         ({"structure": "vector", "optimizer": "muon"}, "'muon' needs a matrix"),
-        ({"structure": "vector", "retention": "softmax"}, "Softmax shares a norm among the weights of a matrix"),
+        (
+            {"structure": "vector", "retention": "softmax"},
+            "'softmax' shares a norm or a sum .* those of structure 'vector'",
+        ),
         ({"structure": "vector", "norm": True}, "norm needs outputs of several features"),
         ({"objective": "dot", "retention": "none"}, "outgrows all numbers unless a retention forgets"),
         ({"max_step": 0.0}, "max_step must be above 0 and finite, got 0.0"),
@@ -146,6 +153,8 @@ def test_rows_of_different_lengths_read_as_if_alone():
         ({"bound": 2.5}, "bound must be above 0 and at most 2"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"window": 0}, "window=0"),
+        ({"gates": "channel", "layers": 3}, "gates 'channel' have no side .* structure 'mlp' with layers=3"),
+        ({"gates": "channel", "rank": 0}, "rank=0"),
     ],
 )
 def test_what_cannot_work_says_why(answers, said):
@@ -160,11 +169,59 @@ def test_what_cannot_work_says_why(answers, said):
         ({"retention": "decy"}, "did you mean 'decay'"),
         ({"structure": "matrices"}, "did you mean 'matrix'"),
         ({"optimizer": "momentum3"}, "did you mean 'momentum"),
+        ({"gates": "chanel"}, "did you mean 'channel'"),
     ],
 )
 def test_unknown_answers_name_the_nearest(answers, said):
     with pytest.raises(UnknownName, match=said):
         build(**answers)
+
+
+def test_channels_forget_apart():
+    """Two channels of four forget at once; what the layer gives in the other two is as if none did."""
+    answers = {"structure": "matrix", "gates": "channel", "optimizer": "momentum", "bound": None, "max_step": 0.01}
+    memory, free, x = build(**answers), build(**answers), draw(12)
+    with torch.no_grad():
+        bias = dict(zip(memory.names, memory.gates.bias.split(memory.sizes), strict=True))["retain"].view(2, 4)
+        bias[:] = 60.0
+        dict(zip(free.names, free.gates.bias.split(free.sizes), strict=True))["retain"][:] = 60.0
+        bias[:, 2:] = -60.0
+    kept, lost = (m(x)[1]["net"]["weight"]["0"] for m in (free, memory))
+    assert lost[:, :, 2:].abs().max() < 0.3 * kept[:, :, 2:].abs().max()
+    learned = (kept - memory.start[0])[:, :, :2]
+    assert (lost - kept)[:, :, :2].abs().max() < 0.5 * learned.abs().max()
+
+
+@pytest.mark.parametrize("objective", ["dot", "squared"])
+def test_what_is_forgotten_turns_into_the_start(objective):
+    """Where every step is zero, decay ends in nothing and the retention "start" in the weights it was born with."""
+    ends, q = {}, torch.nn.functional.normalize(draw(6).view(2, 2, 6, 4), dim=-1)
+    for retention in ("decay", "start"):
+        memory = build(retention=retention, objective=objective, max_step=1e-9, residual=False)
+        with torch.no_grad():
+            memory.gates.bias[:2] = -3.0
+            first = memory.recall(q, memory.initial_state(2))
+            ends[retention] = (memory.recall(q, memory(draw(200))[1]) / first).log().abs().max()
+    assert ends["start"] < 1e-6
+    assert ends["decay"] > 10
+
+
+def test_a_start_that_is_returned_to_is_learned():
+    memory = build(retention="start")
+    memory(draw(9))[0].square().sum().backward()
+    assert all(W.grad.abs().max() > 1e-6 for W in memory.start)
+
+
+def test_queries_and_keys_are_lifted_together():
+    class Doubled(FastWeightMemory):
+        def lift(self, *vectors):
+            seen.append(len(vectors))
+            return [2 * x for x in super().lift(*vectors)]
+
+    seen, x = [], draw(6)
+    twice, once = build(Doubled, structure="matrix", bound=None), build(structure="matrix", bound=None)
+    assert (twice(x)[0] - once(x)[0]).abs().max() > 1e-4
+    assert seen == [2]
 
 
 def test_divergence_names_the_layer_and_the_bound():
@@ -196,7 +253,8 @@ def test_no_answer_is_idle():
     answers = [("structure", s) for s in ("matrix", "gated", "vector")] + [
         ("optimizer", o) for o in list(OPTIMIZERS)[1:]
     ]
-    answers += [("objective", o) for o in OBJECTIVES if o != "squared"] + [("retention", r) for r in RETENTIONS]
+    answers += [("objective", o) for o in OBJECTIVES if o != "squared"]
+    answers += [("retention", r) for r in (*RETENTIONS, "start")] + [("gates", "channel")]
     answers += [("read", r) for r in READS[1:]] + [("window", 2), ("norm", True), ("residual", False), ("layers", 3)]
     outs = [base] + [build(**{name: value})(x)[0] for name, value in answers]
     for a, b in product(range(len(outs)), repeat=2):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.fast_weight import FastWeightMemory
-from remanence.memory.parts import ShortConv, l2_norm, split
-from remanence.ops.fast_weight import fast_weight
+from remanence.memory.parts import ShortConv
 from remanence.ops.omega import omega_delta
 from remanence.state import State
 
@@ -105,6 +104,11 @@ class OmegaNet(FastWeightMemory):
     ):
         if structure == "vector":
             raise ValueError(f"{type(self).__name__}: a vector has no lifted keys; use FastWeightMemory.")
+        if degree is not None and structure != "matrix" and answers.get("gates") == "channel":
+            raise ValueError(
+                f"{type(self).__name__}: gates 'channel' are of the values' features, lifted keys have others: take "
+                "degree=None, or structure 'matrix', whose channels are its outputs."
+            )
         if degree is not None:
             answers = {"residual": False, **answers}
         super().__init__(dim, heads=heads, window=window, structure=structure, conv=conv, **answers)
@@ -118,36 +122,10 @@ class OmegaNet(FastWeightMemory):
                 rows = self.start[i].shape[1]
                 self.start[i] = nn.Parameter(torch.randn(heads, rows, wider) * wider**-0.5)
 
-    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        state = self.begin(x, state)
-        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
-        q, k, v = (split(part, self.heads) for part in mixed.split(self.widths, -1))
-        y, net = self.write(self.lift(q), self.lift(k), v, self.gate(x), state["net"])
-        if not y.detach().isfinite().all():
-            self.diverged(net)
-        return self.readout(y, x), {"net": net, "conv": conv}
-
-    def lift(self, x: Tensor) -> Tensor:
-        """Unit queries or keys, and their features."""
-        x = l2_norm(x)
-        return x if self.features is None else self.features(x)
-
-    def write(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], net: State) -> tuple[Tensor, State]:
-        """The recurrence: what each query reads, and the last state."""
-        return fast_weight(
-            q,
-            k,
-            v,
-            state=net,
-            **gates,
-            chunk_size=self.chunk_size,
-            objective=self.objective,
-            retention=self.retention,
-            orthogonal=self.orthogonal,
-            read=self.read,
-            bound=self.bound,
-            **self.form(),
-        )
+    def lift(self, *vectors: Tensor) -> list[Tensor]:
+        """Unit queries and keys, and their features."""
+        unit = super().lift(*vectors)
+        return unit if self.features is None else [self.features(x) for x in unit]
 
 
 @card(
@@ -262,13 +240,21 @@ class OmegaDelta(OmegaNet):
     Args: as `OmegaNet`, of which it has `window`, `degree`, `feature_dim` and `conv`;
         optimizer: "gradient" or "momentum".
         max_step: the largest θ; each θγ is also at most `bound`/(c‖φ(k)‖²).
-    Raises: `ValueError` for another optimizer.
+    Raises: `ValueError` for another optimizer, objective, retention, read time or gates of channels.
     Source: ATLAS (2025), arXiv:2505.23735; the parallel form is derived here.
     """
 
     def __init__(self, dim: int, *, heads: int = 4, optimizer: str = "gradient", max_step: float = 1.0, **answers: Any):
         if optimizer not in ("gradient", "momentum"):
             raise ValueError(f"OmegaDelta: optimizer must be 'gradient' or 'momentum', got {optimizer!r}.")
+        fixed = {"objective": ("squared",), "retention": ("none", "decay"), "read": ("after",), "gates": ("head",)}
+        for question, known in fixed.items():
+            if question in answers and answers[question] not in known:
+                takes = " or ".join(map(repr, known))
+                raise ValueError(
+                    f"OmegaDelta: {question} must be {takes}, for which its errors are one triangular system, got "
+                    f"{answers[question]!r}; OmegaNet with structure='matrix' takes others."
+                )
         answers = {"optimizer": optimizer, "max_step": max_step, **answers}
         super().__init__(dim, heads=heads, structure="matrix", chunk_size=1, residual=False, **answers)
 

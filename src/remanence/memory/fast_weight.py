@@ -19,6 +19,9 @@ from remanence.ops.retention import RETENTIONS, Divergence, Lq, Retention, Softm
 from remanence.state import State, flatten
 
 STRUCTURES = ("vector", "matrix", "mlp", "gated")
+KEPT = ("none", "decay", "start")
+"""The retentions without a link."""
+GATES = ("head", "channel")
 OPTIMIZERS = {"gradient": 0, "momentum": 1, "momentum2": 2, "muon": 1}
 """The inner optimisers, and how many momenta each carries."""
 ROWS: dict[str, dict[str, Any]] = {
@@ -52,16 +55,17 @@ class FastWeightMemory(Memory):
     $S_t = η_t S_{t-1} - θ_t ∇ℓ(f(W_ξ, k_t), v_t)$, $A_t = a_t A_{t-1} + S_t$, $W_t = \mathrm{link}(A_t)$, read as
     $f(W_t, q_t)$; $W_ξ$ are the weights as the token's chunk began. Queries, keys and values are SiLU(conv(W x)), the
     first two of unit length; $a, η, θ$ (and thresholds, and the weights of a window) depend on the token, one of each
-    per head.
+    per head or, of some, per channel.
 
     Args:
         dim: features of input and output; a multiple of `heads`.
         structure: of f. "vector": elementwise product; "matrix"; "mlp": `layers` matrices with GELU between, 1 to 4 in
             the papers; "gated": $W_3(σ(W_1 x) ∘ W_2 x)$.
-        objective: ℓ, "squared", "dot", "p-norm", "absolute", "huber", "huber-coordinate", "huber-mixture" or "shifted",
-            or one of `ops.objectives` with numbers of its own.
-        retention: "none", "decay" ($a_t$ alone), or $a_t$ and a link: "lq", "lq-mirror", "elastic", "softmax",
-            "sigmoid", or one of `ops.retention`.
+        objective: ℓ, "squared", "dot", "p-norm", "absolute", "log-cosh", "huber", "huber-coordinate", "huber-mixture"
+            or "shifted", or one of `ops.objectives` with numbers of its own.
+        retention: "none", "decay" ($a_t$ alone), "start" (what $a_t$ forgets turns into the learned start, not zero),
+            or $a_t$ and a link: "lq", "lq-mirror", "elastic", "softmax", "sigmoid", "tanh", or $a_t$ and a move from
+            the last weights: "shrink", "chi-squared", "hellinger", "reverse-kl"; or one of `ops.retention`.
         optimizer: "gradient", "momentum", "momentum2" (a momentum of the momentum), or "muon": momentum, then five
             Newton–Schulz steps for every token.
         chunk_size: tokens that share an anchor. It belongs to the model: train and read with the same.
@@ -75,6 +79,9 @@ class FastWeightMemory(Memory):
         bound: and at most this share of the step that would mend a chunk of equal tokens at once, so that no stream
             diverges (see `ops.fast_weight`); None leaves θ as it is. The steps of "muon" are of size θ whatever it is.
         conv: tokens that the convolutions see.
+        gates: "head", or "channel": a step, a retention and (but for "huber") a threshold of every channel: of what the
+            last layer gives and the first reads.
+        rank: of the map that makes the gates of channels.
         remake: in training keep of every chunk its state only, and make the rest again for the gradient: the same
             result for a fraction of the memory and about a third more time.
 
@@ -109,42 +116,56 @@ class FastWeightMemory(Memory):
         bound: float | None = 0.5,
         conv: int = 4,
         remake: bool = False,
+        gates: str = "head",
+        rank: int = 32,
     ):
         super().__init__()
         name = type(self).__name__
         K = per_head(name, dim, heads)
         known(name, structure=(structure, STRUCTURES), optimizer=(optimizer, OPTIMIZERS), read=(read, READS))
+        known(name, gates=(gates, GATES))
         self.objective = chosen("objective", objective, OBJECTIVES)
-        self.retention: Retention | None = chosen("retention", retention, {"none": None, "decay": None} | RETENTIONS)
-        if min(layers, expand, chunk_size, window) < 1:
+        self.retention: Retention | None = chosen("retention", retention, dict.fromkeys(KEPT) | RETENTIONS)
+        self.returns = retention == "start"
+        if min(layers, expand, chunk_size, window, rank) < 1:
             given = f"layers={layers}, expand={expand}, chunk_size={chunk_size}"
-            given += f", window={window}" if window < 1 else ""
+            given += f", window={window}" if window < 1 else f", rank={rank}" if rank < 1 else ""
             raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, got {given}.")
         residual = structure in ("mlp", "gated") if residual is None else residual
         self.orthogonal = 5 if optimizer == "muon" else 0
         self.bound = None if self.orthogonal else bound
         deep = structure == "gated" or (structure == "mlp" and layers > 1)
         if deep and not self.objective.targets and retention == "none" and not self.orthogonal:
-            growth = "in a network of several layers objective 'dot' outgrows all numbers unless a retention forgets."
-            raise ValueError(f"{name}: {growth}")
+            growth = "outgrows all numbers unless a retention forgets: with retention 'none' it has no bound."
+            raise ValueError(f"{name}: in a network of several layers objective 'dot' {growth}")
+        if structure == "mlp" and layers > 2 and gates == "channel":
+            raise ValueError(
+                f"{name}: gates 'channel' have no side of a matrix between hidden features, structure 'mlp' with "
+                f"layers={layers} has such; take at most 2."
+            )
         if reason := misfit(structure, self.retention, self.orthogonal, norm, max_step, self.bound):
             raise ValueError(f"{name}: {reason}")
         self.dim, self.heads, self.chunk_size, self.max_step = dim, heads, chunk_size, max_step
         self.read, self.window, self.residual, self.gated = read, window, residual, structure == "gated"
         self.remake = remake
         self.spread = K if structure == "vector" else 1
+        self.widths = (dim, dim, dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv)
         self.start = nn.ParameterList(self._start(structure, K, layers, expand * K))
         self.momenta = OPTIMIZERS[optimizer]
+        self.each = {"step", "retain", "threshold"} if gates == "channel" else set()
+        if getattr(self.objective, "kind", "") == "norm":
+            self.each -= {"threshold"}
         # retain 0.993 to 0.9999 from head to head; a step of half its bound; momentum 0.9
         starts = {"retain": torch.linspace(5, 9, heads)} if retention != "none" else {}
         starts |= {"step": torch.zeros(heads)}
         starts |= {order: torch.full((heads,), 2.2) for order in ("momentum", "second")[: self.momenta]}
         starts |= {"threshold": torch.zeros(heads)} if self.objective.thresholds else {}
         starts |= {"window": torch.full((heads * window,), 2.2)} if window > 1 else {}
+        starts = {gate: bias.repeat_interleave(K if gate in self.each else 1) for gate, bias in starts.items()}
         self.names, self.sizes = list(starts), [len(bias) for bias in starts.values()]
-        self.gates = nn.Linear(dim, sum(self.sizes))
+        self.gates = LowRank(dim, rank, sum(self.sizes)) if self.each else nn.Linear(dim, sum(self.sizes))
         nn.init.normal_(self.gates.weight, std=0.02)
         with torch.no_grad():
             self.gates.bias.copy_(torch.cat(list(starts.values())))
@@ -161,12 +182,13 @@ class FastWeightMemory(Memory):
         return [torch.randn(self.heads * self.spread, o, i) * i**-0.5 for o, i in sizes[structure]]
 
     def initial_state(self, batch: int) -> State:
+        wide = self.objective.thresholds and "threshold" in self.each and self.spread == 1
         net = fast_weight_state(
-            list(self.start),
+            [torch.zeros_like(W) for W in self.start] if self.returns else list(self.start),
             batch,
             momentum=self.momenta,
             window=self.window,
-            thresholds=self.objective.thresholds,
+            thresholds=self.dim // self.heads if wide else self.objective.thresholds,
             retention=self.retention,
         )
         return {"net": net, "conv": self.conv.initial_state(batch)}
@@ -174,17 +196,30 @@ class FastWeightMemory(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
-        q, k, v = (split(part, self.heads) for part in mixed.chunk(3, dim=-1))
-        q, k, gates = l2_norm(q), l2_norm(k), self.gate(x)
+        q, k, v = (split(part, self.heads) for part in mixed.split(self.widths, -1))
+        q, k = self.lift(q, k)
+        gates = self.gate(x)
         if self.spread > 1:
             q, k, v = (p.mT.flatten(1, 2)[..., None] for p in (q, k, v))
-            gates = {name: g.repeat_interleave(self.spread, 1) for name, g in gates.items()}
-        y, net = fast_weight(
+            gates = {name: self._apart(name, g) for name, g in gates.items()}
+        y, net = self.write(q, k, v, gates, state["net"])
+        if not y.detach().sum().isfinite() and not y.detach().isfinite().all():
+            self.diverged(net)
+        if self.spread > 1:
+            y = y[..., 0].unflatten(1, (self.heads, -1)).mT
+        return self.readout(y, x), {"net": net, "conv": conv}
+
+    def lift(self, *vectors: Tensor) -> list[Tensor]:
+        """Queries, or queries and keys, [batch, heads, time, features], as the memory reads them: of unit length."""
+        return [l2_norm(x) for x in vectors]
+
+    def write(self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any], net: State) -> tuple[Tensor, State]:
+        """The recurrence: what each query reads, and the last state."""
+        return fast_weight(
             q,
             k,
             v,
-            gates.pop("step"),
-            state["net"],
+            state=net,
             **gates,
             chunk_size=self.chunk_size,
             objective=self.objective,
@@ -192,22 +227,28 @@ class FastWeightMemory(Memory):
             orthogonal=self.orthogonal,
             read=self.read,
             bound=self.bound,
+            toward=list(self.start) if self.returns else None,
             remake=self.remake,
             **self.form(),
         )
-        if not y.detach().sum().isfinite() and not y.detach().isfinite().all():
-            self.diverged(net)
-        if self.spread > 1:
-            y = y[..., 0].unflatten(1, (self.heads, -1)).mT
-        return self.readout(y, x), {"net": net, "conv": conv}
+
+    def _apart(self, name: str, gate: Tensor) -> Tensor:
+        """The gates of a vector's features, which are heads of their own."""
+        own = name.removesuffix("_log") in self.each
+        return gate.mT.flatten(1, 2) if own else gate.repeat_interleave(self.spread, 1)
 
     def gate(self, x: Tensor) -> dict[str, Any]:
-        """What each token asks for, by the name that `ops.fast_weight` has for it: [batch, heads, time(, window)]."""
+        """What each token asks for, by the name that `ops.fast_weight` has for it.
+
+        Shapes: [batch, heads, time], or with one more axis of channels, or of a window's tokens.
+        """
         raw = dict(zip(self.names, wide(self.gates(x)).transpose(1, 2).split(self.sizes, 1), strict=True))
+        raw |= {name: raw[name].unflatten(1, (self.heads, -1)).mT for name in self.each if name in raw}
         gates = {"step": self.max_step * raw["step"].sigmoid()}
         for name in ("momentum", "second"):
             if name in raw:
-                gates["step"] = gates["step"] * raw[name].neg().sigmoid()
+                left = raw[name].neg().sigmoid()
+                gates["step"] = gates["step"] * (left[..., None] if self.each else left)
         gates |= {f"{name}_log": F.logsigmoid(raw[name]) for name in ("retain", "momentum", "second") if name in raw}
         if "threshold" in raw:
             gates["threshold"] = 2 * getattr(self.objective, "delta", 1.0) * raw["threshold"].sigmoid()
@@ -223,6 +264,8 @@ class FastWeightMemory(Memory):
     def recall(self, query: Tensor, state: State) -> Tensor:
         """What the memory held when the open chunk began; queries [batch, heads, time, dim/heads] of unit length."""
         anchor = list(state["net"]["anchor"].values())
+        if self.returns:
+            anchor = [A + W for A, W in zip(anchor, self.start, strict=True)]
         if self.retention is not None:
             anchor = [self.retention.link(A) for A in anchor]
         if self.spread > 1:
@@ -245,6 +288,17 @@ class FastWeightMemory(Memory):
             f"steps are too large (max_step={self.max_step:g}; a chunk of {self.chunk_size} equal keys of unit length "
             f"is stable for steps below {2 / self.chunk_size:g}, and with bound=0.5 for any)."
         )
+
+
+class LowRank(nn.Linear):
+    """A linear map through `rank` features."""
+
+    def __init__(self, width: int, rank: int, out: int):
+        super().__init__(rank, out)
+        self.down = nn.Linear(width, rank, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.down(x))
 
 
 def known(where: str, **answers: tuple[str, Any]) -> None:
@@ -273,11 +327,11 @@ def misfit(
 ) -> str | None:
     """Why these answers make no memory, or None where they do."""
     if structure == "vector" and orthogonal:
-        return "optimizer 'muon' needs a matrix: of a vector's single numbers it keeps the sign alone."
+        return "optimizer 'muon' needs a matrix: of the single numbers of structure 'vector' it keeps the sign alone."
     if structure == "vector" and retention is not None and isinstance(retention, Lq | Softmax | Divergence):
-        return (
-            f"retention {type(retention).__name__} shares a norm among the weights of a matrix; a vector's are single."
-        )
+        named = next((name for name, each in RETENTIONS.items() if each == retention), type(retention).__name__)
+        shared = "shares a norm or a sum among the weights of a matrix; those of structure 'vector' are single."
+        return f"retention {named!r} {shared}"
     if structure == "vector" and norm:
         return "norm needs outputs of several features; each weight of a vector has one."
     if not 0 < max_step < float("inf"):

@@ -1,4 +1,8 @@
-"""Miras: three test-time memories that are neither Hebbian nor least squares, as rows of answers."""
+"""Miras: three test-time memories that are neither Hebbian nor least squares, as rows of answers.
+
+Step, retention and threshold are of every channel, through a low rank, as in the paper (`gates="head"` has one each per
+head, for less time). Which channels it does not say: here those that the last layer gives and the first reads.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ class Moneta(FastWeightMemory):
     """
 
     def __init__(self, dim: int, *, p: float = 3.0, q: float = 4.0, **answers: Any):
-        given: dict[str, Any] = {"objective": PNorm(p), "retention": Lq(q), "norm": True}
+        given: dict[str, Any] = {"objective": PNorm(p), "retention": Lq(q), "norm": True, "gates": "channel"}
         super().__init__(dim, **(given | answers))
 
 
@@ -54,6 +58,8 @@ class Moneta(FastWeightMemory):
 class Yaad(FastWeightMemory):
     r"""$W_t = a_t W_{t-1} - θ_t u_t$; the slope of u's loss is e for $‖e‖ ≤ δ_t$ and $δ_t \mathrm{sign}(e)$ beyond.
 
+    a, θ and δ are of every channel: each keeps, learns and shrugs off at a rate of its own.
+
     Args:
         dim: features of input and output; a multiple of `heads`.
         delta: δ at the start; a gate moves it between 0 and twice that.
@@ -66,7 +72,7 @@ class Yaad(FastWeightMemory):
     """
 
     def __init__(self, dim: int, *, delta: float = 1.0, **answers: Any):
-        given: dict[str, Any] = {"objective": Huber("mixture", delta), "norm": True}
+        given: dict[str, Any] = {"objective": Huber("mixture", delta), "norm": True, "gates": "channel"}
         super().__init__(dim, **(given | answers))
 
 
@@ -95,5 +101,5 @@ class Memora(FastWeightMemory):
     """
 
     def __init__(self, dim: int, **answers: Any):
-        given: dict[str, Any] = {"retention": Softmax(), "norm": True, "max_step": 10.0}
+        given: dict[str, Any] = {"retention": Softmax(), "norm": True, "max_step": 10.0, "gates": "channel"}
         super().__init__(dim, **(given | answers))

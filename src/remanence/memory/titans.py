@@ -15,7 +15,7 @@ from remanence.memory.atlas import OmegaDelta, OmegaNet
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.fast_weight import FastWeightMemory
-from remanence.memory.parts import RMSNorm, l2_norm, merge, per_head, rotate, split, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, rotate, split, zeros
 from remanence.ops.phases import by_phase, piece_sizes
 from remanence.state import State, check_state, tree_map
 
@@ -309,7 +309,7 @@ class TitansMAC(Memory):
         """Tokens of one segment, of which `phase` were read before."""
         start, stop = torch.full_like(state["memory"]["net"]["pos"], phase), phase + x.shape[1]
         q_h = split(self.query(x), self.attention.heads)
-        q_h = self.memory.lift(q_h) if isinstance(self.memory, OmegaNet) else l2_norm(q_h)
+        (q_h,) = self.memory.lift(q_h)
         h = self.memory.recall(q_h, state["memory"])
         _, k_h, v_h = self.attention.project(self.recalled(merge(h).to(x.dtype)), start)
         q, k_x, v_x = self.attention.project(x, start)

@@ -17,7 +17,7 @@ from remanence.evaluation.benchmarks.bare import Pairs, recall
 from remanence.evaluation.benchmarks.tasks import Parity, Task
 from remanence.evaluation.benchmarks.training import Entry, Progress, run_benchmark
 from remanence.learning.learner import Learner
-from remanence.memory.fast_weight import OPTIMIZERS, ROWS, STRUCTURES, FastWeightMemory
+from remanence.memory.fast_weight import KEPT, OPTIMIZERS, ROWS, STRUCTURES, FastWeightMemory
 from remanence.models.language import LanguageModel
 from remanence.ops.fast_weight import READS
 from remanence.ops.objectives import OBJECTIVES
@@ -39,12 +39,14 @@ CENTRE: Mapping[str, Any] = {
 ANSWERS: Mapping[str, Sequence[Any]] = {
     "structure": STRUCTURES,
     "objective": tuple(OBJECTIVES),
-    "retention": ("none", "decay", *RETENTIONS),
+    "retention": (*KEPT, *RETENTIONS),
     "optimizer": tuple(OPTIMIZERS),
     "chunk_size": (1, 4, 16, 64),
     "read": READS,
 }
 """The answers there are to each question; any other chunk size is one, too."""
+NAMED = {"log-cosh", "tanh", "shrink", "hellinger", "reverse-kl"}
+"""Answers near to others (absolute, sigmoid, elastic, chi-squared), measured where they are named."""
 SEGMENT = 64
 """Bytes between two steps of the learner on the stream."""
 
@@ -73,7 +75,7 @@ def space(
     parity: int = 16,
     stream: str = "builtin:mixed:2500",
 ) -> Suite:
-    """A row for each memory. With no answers given, `CENTRE` and every memory that differs from it in one answer.
+    """A row for each memory. With no answers given, `CENTRE` and what differs from it in one answer, but for `NAMED`.
 
     Args:
         structure, objective, retention, optimizer, chunk_size, read: answers to cross, "matrix,mlp" or a sequence;
@@ -132,8 +134,8 @@ def space(
 
 
 def around() -> list[dict[str, Any]]:
-    """`CENTRE`, and every memory that differs from it in one answer."""
-    changed = [{q: a} for q, answers in ANSWERS.items() for a in answers if a != CENTRE[q]]
+    """`CENTRE`, and every memory that differs from it in one answer, but for the `NAMED`."""
+    changed = [{q: a} for q, answers in ANSWERS.items() for a in answers if a != CENTRE[q] and a not in NAMED]
     return [{**CENTRE, **change} for change in [{}, *changed]]
 
 
