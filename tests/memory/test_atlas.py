@@ -11,7 +11,7 @@ from remanence.evaluation.proofs.atlas import atlas
 from remanence.memory.atlas import DLA, SWLA, Atlas, AtlasPlus, OmegaDelta, OmegaNet, PolynomialFeatures
 from remanence.memory.deep_transformer import SWDT, DeepTransformer, Dot
 from remanence.memory.titans import Titans
-from remanence.state import concat, flatten, nbytes, select
+from remanence.state import flatten, nbytes
 
 SMALL = {
     OmegaNet: {"window": 3, "expand": 2, "chunk_size": 4},
@@ -39,36 +39,6 @@ def draw(T, batch=2, seed=1):
 
 def close(a, b, tolerance=1e-9):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-@EVERY
-def test_every_parameter_receives_a_gradient(kind):
-    memory, x = build(kind), draw(9)
-    y, _ = memory(x)
-    leaves = {"x": x, **dict(memory.named_parameters())}
-    for name, grad in zip(leaves, torch.autograd.grad(y.sin().sum(), list(leaves.values())), strict=True):
-        assert grad.abs().max() > 0, name
-
-
-@EVERY
-def test_the_future_is_not_seen(kind):
-    memory, x = build(kind), draw(11)
-    want, _ = memory(x)
-    for t in (2, 5, 10):
-        other = x.detach().clone()
-        other[:, t] += 1
-        got, _ = memory(other)
-        close(got[:, :t], want[:, :t], 1e-12)
-        assert (got[:, t] - want[:, t]).abs().max() > 1e-3
-
-
-@EVERY
-def test_rows_may_stand_at_different_positions(kind):
-    memory, x = build(kind), draw(12)
-    mixed = concat(memory.level([select(memory(x[:, :3])[1], 0), select(memory(x[:, :6])[1], 1)]))
-    y, _ = memory(torch.stack([x[0, 3:9], x[1, 6:]]), mixed)
-    close(y[0], memory(x[:, :9])[0][0, 3:])
-    close(y[1], memory(x)[0][1, 6:])
 
 
 @EVERY
