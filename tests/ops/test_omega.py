@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,13 +7,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, StateError
+from remanence.ops import dispatch
 from remanence.ops.delta import gated_delta_rule
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.omega import omega_delta, omega_delta_reference
+from remanence.ops.unit_solve import unit_solve
 from remanence.state import concat, flatten, nbytes, select
 
 B, H, K, V = 2, 2, 3, 4
+omega = sys.modules[omega_delta_reference.__module__]
 
 
 def draw(T, momentum=True, window=3, seed=0):
@@ -74,6 +79,45 @@ def test_any_cut_is_the_recurrence(T, window, momentum, data):
     close(got, want)
     close(flatten(got_state), flatten(want_state))
     close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_chunks_hand_on_their_gradients(window, compiled, monkeypatch):
+    monkeypatch.setattr(dispatch, "compiled", lambda x: compiled)
+    monkeypatch.setattr(omega, "PAIRS", 20)
+    inputs, gates, W, leaves = draw(53, False, window)
+    state = start(W, False, window)
+    want, want_state = run(omega_delta_reference, inputs, gates, state, bound=0.5)
+    got, got_state = run(omega_delta, inputs, gates, state, [21], bound=0.5)
+    close(got, want)
+    close(flatten(got_state), flatten(want_state))
+    close(grads(got, got_state, leaves), grads(want, want_state, leaves))
+
+
+def test_it_can_be_differentiated_twice():
+    *_, leaves = draw(4, False, 2)
+
+    def both(*given):
+        q, k, v, step, gate, retain, W = given
+        y, state = omega_delta(q, k, v, step, gate, start(W, False, 2), retain_log=retain)
+        return y, state["weight"]["0"]
+
+    assert torch.autograd.gradgradcheck(both, leaves)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_unit_systems_are_solved(n):
+    g = torch.Generator().manual_seed(0)
+    A = (0.3 * torch.randn(2, 3, n, n, generator=g, dtype=torch.float64)).requires_grad_()
+    X = torch.randn(2, 3, n, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    full = A.tril(-1) + torch.eye(n)
+    want = torch.linalg.solve(full, X)
+    got = unit_solve(A, X)
+    close(got, want)
+    close(*(torch.autograd.grad(y.sin().sum(), (A, X)) for y in (got, want)))
+    if n == 5:
+        assert torch.autograd.gradgradcheck(unit_solve, (A[:1, :1, :3, :3], X[:1, :1, :3]))
 
 
 @pytest.mark.parametrize("window", [1, 5])

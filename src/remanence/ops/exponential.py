@@ -20,6 +20,7 @@ from remanence.ops.chunk_rule import momentum_coefficients, shifted
 from remanence.ops.decay import cumulative, floored, recurrent_dtype
 from remanence.ops.phases import by_phase, whole_sizes
 from remanence.ops.taps import tapped
+from remanence.ops.unit_solve import unit_solve
 from remanence.state import State
 
 PAIRS = 128
@@ -108,7 +109,7 @@ def exponential_memory(
             before = torch.ones(n, n, dtype=torch.bool, device=q.device).tril(-1)
             before = before.repeat_interleave(c, 0).repeat_interleave(c, 1)
             system = kernel(pairs[0], pairs[0]) * before * g.flatten(2)[..., None, :]
-            change = torch.linalg.solve_triangular(system, change, upper=False, unitriangular=True)
+            change = unit_solve(system, change)
         change = g.flatten(2)[..., None] * change
         seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().repeat_interleave(c, 1)
         y.append(kernel(q, keys) @ weights + (kernel(q, pairs[0]) * seen) @ change)

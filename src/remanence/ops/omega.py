@@ -12,18 +12,24 @@ Source: ATLAS, arXiv:2505.23735 (2025); the parallel form is derived here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import StateError, expect
+from remanence.ops import dispatch
 from remanence.ops.chunk_rule import Coefficients, momentum_coefficients
-from remanence.ops.decay import floored, recurrent_dtype
+from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
+from remanence.ops.unit_solve import unit_solve
 from remanence.state import State
 
 PAIRS = 128
 """The largest triangular system: tokens times window."""
+CHUNK = 16
+"""Tokens whose writes stay in the cache, where they are compiled."""
 
 
 def omega_delta_reference(
@@ -99,35 +105,90 @@ def omega_delta(
         raise StateError(f"omega_delta: the state is for a window of {keys.shape[2] + 1}, the gate of {gate.shape[3]}.")
     if query.shape[2] == 0:
         return value, state
-    wide, c, y = recurrent_dtype(query), gate.shape[3], []
+    wide, c = recurrent_dtype(query), gate.shape[3]
     decay = torch.zeros_like(step) if retain_log is None else floored(retain_log)
     tensors = [x.to(wide) for x in (query, key, value, step, gate, decay)]
     tensors += [] if momentum_log is None else [floored(momentum_log.to(wide))]
-    for q, k, v, theta, gamma, a_log, *rest in zip(*(x.split(max(1, PAIRS // c), 2) for x in tensors), strict=True):
-        n = k.shape[2]
-        k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        keys, values = k[:, :, n:], v[:, :, n:]
+    q, k, v, theta, gamma, a_log, *rest = tensors
+    k, v, T = torch.cat([keys, k], 2), torch.cat([values, v], 2), q.shape[2]
+    pair, eta_log = theta[..., None] * gamma, rest[0] if rest else None
+    if bound is not None:
+        left = 1.0 if eta_log is None else -torch.expm1(eta_log)[..., None]
+        squares = k.square().sum(-1).unfold(2, c, 1).flip(-1)
+        pair = torch.minimum(pair, left * (bound / c) / (squares + 1e-12))
+    if T == 1:
+        y, W, S = _token(q, k, v, pair, a_log, eta_log, W, S)
+    elif S is None and dispatch.compiled(k):
+        y, W = _Compiled.apply(q, k, v, pair, a_log, W)
+    else:
+        y, W, S = _by_chunks(q, k, v, pair, a_log, eta_log, W, S)
+    return y.to(query.dtype), _after(state, W, S, k[:, :, T:], v[:, :, T:], T)
+
+
+def _by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, pair: Tensor, a_log: Tensor, eta_log: Tensor | None, W: Tensor, S: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In tensor operations, on any device; k and v have the c − 1 tokens before the first as well."""
+    c, size, y = pair.shape[3], max(1, PAIRS // pair.shape[3]), []
+    for t in range(0, q.shape[2], size):
+        now, window = slice(t, t + size), slice(t, t + size + c - 1)
+        n = q[:, :, now].shape[2]
         places = torch.arange(c - 1, n + c - 1, device=k.device)[:, None] - torch.arange(c, device=k.device)
         places = places.flatten()  # (token, place in its window) -> row of k
-        pair = theta[..., None] * gamma
-        if bound is not None:
-            left = -torch.expm1(rest[0])[..., None] if rest else 1.0
-            safe = 1 / (k.square().sum(-1).index_select(2, places) + 1e-12)
-            pair = torch.minimum(pair, left * (bound / c) * safe.unflatten(2, (n, c)))
-        if n == 1:
-            read, W, S = _token(q, k, v, pair, a_log, rest[0] if rest else None, W, S)
-            y.append(read)
-            continue
-        rule = momentum_coefficients(torch.ones_like(theta), a_log, rest[0] if rest else None)
-        errors, rule = _solved(k, v, places, pair, rule, W, S)
-        scores = (q @ k.mT).index_select(3, places) * rule.write
-        read = rule.retain[..., None] * (q @ W.mT) - scores @ errors
+        one, eta = torch.ones_like(a_log[:, :, now]), None if eta_log is None else eta_log[:, :, now]
+        rule, near = momentum_coefficients(one, a_log[:, :, now], eta), k[:, :, window]
+        errors, rule = _solved(near, v[:, :, window], places, pair[:, :, now], rule, W, S)
+        scores = (q[:, :, now] @ near.mT).index_select(3, places) * rule.write
+        read = rule.retain[..., None] * (q[:, :, now] @ W.mT) - scores @ errors
         if S is not None:
             assert rule.push is not None
-            read = read + rule.push[..., None] * (q @ S.mT)
+            read = read + rule.push[..., None] * (q[:, :, now] @ S.mT)
         y.append(read)
-        W, S = _written(k, places, errors, rule, W, S)
-    return torch.cat(y, 2).to(query.dtype), _after(state, W, S, keys, values, query.shape[2])
+        W, S = _written(near, places, errors, rule, W, S)
+    return torch.cat(y, 2), W, S
+
+
+class _Compiled(torch.autograd.Function):
+    """A head at a time, its chunks in the cache; keeps the weights as each chunk began."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Tensor, a_log: Tensor, W: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        B, H, T = q.shape[:3]
+        start = W.flatten(0, 1)
+        y, end = q.new_empty(B * H, T, v.shape[3]), torch.empty_like(start, memory_format=torch.contiguous_format)
+        befores = q.new_empty(B * H, -(-T // CHUNK), *start.shape[1:])
+        _run("forward", *(x.flatten(0, 1) for x in (q, k, v, pair, a_log.exp())), start, y, befores, end)
+        ctx.save_for_backward(q, k, v, pair, a_log, W, befores)
+        return y.unflatten(0, (B, H)), end.unflatten(0, (B, H))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, befores = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, pair: Tensor, a_log: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+                return _by_chunks(q, k, v, pair, a_log, None, W, None)[:2]
+
+            return second_order(ctx.needs_input_grad, plain, inputs, grads)
+        decay = inputs[4].exp()
+        given = [x.flatten(0, 1) for x in (*inputs[:4], decay)]
+        d_y, d_W = (x.flatten(0, 1) for x in grads)
+        # zeros, since the windows of chunks share tokens
+        found = [*(x.new_zeros(x.shape) for x in given), d_W.clone(memory_format=torch.contiguous_format)]
+        _run("backward", *given, befores, d_y, *found)
+        *others, d_a, d_W = (x.unflatten(0, decay.shape[:2]) for x in found)
+        return *others, d_a * decay, d_W
+
+
+def _run(name: str, *tensors: Tensor) -> None:
+    """A kernel over the heads, which know nothing of each other."""
+    from remanence.ops import omega_kernels  # here, because Numba takes half a second that most need not pay
+    from remanence.ops.compiled import spread_products
+
+    arrays = [x.detach().contiguous().numpy() for x in tensors]
+    spread_products(getattr(omega_kernels, name), len(arrays[0]), tensors[1].numel(), CHUNK, *arrays)
 
 
 def _token(
@@ -162,7 +223,7 @@ def _solved(
         known = known + before(rule.push[..., None]) * (k @ S.mT).index_select(2, places)
     alike = (k @ k.mT).index_select(2, places).index_select(3, places)
     system = before(rule.write).repeat_interleave(c, -1) * spread * alike
-    errors = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    errors = unit_solve(system, known)
     tail = None if rule.tail is None else rule.tail.repeat_interleave(c, -1) * spread[..., 0, :]
     return errors, rule._replace(write=rule.write.repeat_interleave(c, -1) * spread, tail=tail)
 
