@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.fast_weight import FastWeightMemory
@@ -36,27 +37,37 @@ class PolynomialFeatures(nn.Module):
     torch.Size([3, 45])
     """
 
+    pick: Tensor
+    degree: Tensor
+    share: Tensor
+
     def __init__(self, width: int, degree: int = 2):
         super().__init__()
         if min(width, degree) < 1:
             raise ValueError(f"PolynomialFeatures: width and degree must be at least 1, got {width} and {degree}.")
         self.features = math.comb(width + degree, degree)
         self.root = nn.Parameter(torch.ones(degree + 1))
+        factors: list[Tensor] = []
+        degrees, shares = [0], [1.0]
         for i in range(1, degree + 1):
             rows = list(combinations_with_replacement(range(width), i))
-            shares = [1 / math.prod(map(math.factorial, Counter(row).values())) for row in rows]  # how often, over i!
-            self.register_buffer(f"index{i}", torch.tensor(rows), persistent=False)
-            self.register_buffer(f"share{i}", torch.tensor(shares, dtype=torch.float64).sqrt(), persistent=False)
+            factors += F.one_hot(torch.tensor(rows), width).unbind(1)
+            degrees += [i] * len(rows)
+            shares += [1 / math.prod(map(math.factorial, Counter(row).values())) for row in rows]  # how often, over i!
+        self.sizes = [len(factor) for factor in factors]
+        # one product with ones and zeros, where an index would take an operation for every factor
+        self.register_buffer("pick", torch.cat(factors).mT.to(self.root.dtype), persistent=False)
+        self.register_buffer("degree", torch.tensor(degrees), persistent=False)
+        self.register_buffer("share", torch.tensor(shares, dtype=torch.float64).sqrt(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        root = self.root.to(x.dtype)
-        blocks = [root[0].expand(*x.shape[:-1], 1)]
-        for i in range(1, len(root)):
-            block = root[i] * getattr(self, f"share{i}").to(x.dtype)
-            for factor in getattr(self, f"index{i}").unbind(1):
-                block = block * x.index_select(-1, factor)
-            blocks.append(block)
-        return torch.cat(blocks, -1)
+        factors = iter((x @ self.pick.to(x.dtype)).split(self.sizes, -1))
+        blocks = [torch.ones_like(x[..., :1])]
+        for i in range(1, len(self.root)):
+            blocks.append(next(factors))
+            for _ in range(i - 1):
+                blocks[-1] = blocks[-1] * next(factors)
+        return torch.cat(blocks, -1) * (self.root.to(x.dtype)[self.degree] * self.share.to(x.dtype))
 
 
 @card(
@@ -125,7 +136,7 @@ class OmegaNet(FastWeightMemory):
     def lift(self, *vectors: Tensor) -> list[Tensor]:
         """Unit queries and keys, and their features."""
         unit = super().lift(*vectors)
-        return unit if self.features is None else [self.features(x) for x in unit]
+        return unit if self.features is None else list(self.features(torch.stack(unit)))
 
 
 @card(
