@@ -39,6 +39,30 @@ def _add(x, a, y):
 
 
 @summing
+def _combine(weights, F, e):
+    """e += Σ_i weights_i F_i, four slots at a time: so a sum is fetched and stored once for four products."""
+    M = F.shape[0]
+    for i in range(0, M - 3, 4):
+        a, b, c, d = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
+        w, x, y, z = F[i], F[i + 1], F[i + 2], F[i + 3]
+        for j in range(e.shape[0]):
+            e[j] += a * w[j] + b * x[j] + c * y[j] + d * z[j]
+    for i in range(M - M % 4, M):
+        _add(F[i], weights[i], e)
+
+
+@summing
+def _dots(F, d, e):
+    """F·e, F·d and d·e in one pass."""
+    p = q = r = F[0] * 0
+    for j in range(F.shape[0]):
+        p += F[j] * e[j]
+        q += F[j] * d[j]
+        r += d[j] * e[j]
+    return p, q, r
+
+
+@summing
 def _polar(x, F):
     """The length of x; its direction is put into F, which may not be x itself."""
     size = np.sqrt(_dot(x, x) + x.dtype.type(1e-30))
@@ -51,20 +75,23 @@ def _polar(x, F):
 @summing
 def _error(correct, F, c, target, e):
     """e = target − Fᵀ c."""
-    _copy(target, e)
     if correct:
-        for i in range(F.shape[0]):
-            _add(F[i], -c[i], e)
+        _clear(e)
+        _combine(c, F, e)
+        for j in range(e.shape[0]):
+            e[j] = target[j] - e[j]
+    else:
+        _copy(target, e)
 
 
 @summing
 def _write(n, F, c, rate, e, renormalise, n_new, F_new, grown, slot):
     """The slots after a write; `grown` is their length before it was made one again, if it was."""
     for i in range(F.shape[0]):
-        r = rate * c[i] / n[i]
-        keep = n[i] - r * _dot(F[i], e)
-        for j in range(F.shape[1]):
-            slot[j] = keep * F[i, j] + r * e[j]
+        r, row = rate * c[i] / n[i], F[i]
+        keep = n[i] - r * _dot(row, e)
+        for j in range(e.shape[0]):
+            slot[j] = keep * row[j] + r * e[j]
         grown[i] = _polar(slot, F_new[i])
         n_new[i] = 1 if renormalise else grown[i]
 
@@ -86,11 +113,11 @@ def forward(first, last, every, correct, renormalise, by_slot, q, c, v, r, start
             _write(n, F, c[row, t], r[row, t], e, renormalise, n_new, F_new, grown, slot)
             n, n_new, F, F_new = n_new, n, F_new, F
             _clear(y[row, t])
-            for i in range(M):
-                if by_slot:
+            if by_slot:
+                for i in range(M):
                     y[row, t, i] = _dot(F[i], q[row, t])
-                else:
-                    _add(F[i], q[row, t, i], y[row, t])
+            else:
+                _combine(q[row, t], F, y[row, t])
         for i in range(M):
             for j in range(D):
                 end[row, i, j] = n[i] * F[i, j]
@@ -106,7 +133,7 @@ def backward(first, last, every, correct, renormalise, by_slot, q, c, v, r, kept
         np.empty((every, M), v.dtype),
     )
     es, slot, d_e = np.empty((every, D), v.dtype), np.empty(D, v.dtype), np.empty(D, v.dtype)
-    d_p, along = np.empty(M, v.dtype), np.empty(M, v.dtype)
+    d_p, along, known = np.empty(M, v.dtype), np.empty(M, v.dtype), np.empty(M, v.dtype)
     for row in range(first, last):
         d = d_S[row]
         for block in range(kept.shape[1] - 1, -1, -1):
@@ -121,12 +148,12 @@ def backward(first, last, every, correct, renormalise, by_slot, q, c, v, r, kept
                 )  # fmt: skip
             for t in range(t1 - 1, t0 - 1, -1):
                 m = t - t0
-                _unread(by_slot, Fs[m + 1], ns[m + 1], q[row, t], d_y[row, t], d, d_q[row, t], slot)
+                _unread(by_slot, Fs[m + 1], ns[m + 1], q[row, t], d_y[row, t], d, d_q[row, t])
                 if renormalise:
                     for i in range(M):
                         _across(Fs[m + 1, i], d[i], grown[m, i])
                 d_r[row, t] = _unwrite(
-                    correct, Fs[m], ns[m], es[m], c[row, t], r[row, t], d, d_c[row, t], d_e, d_p, along
+                    correct, Fs[m], ns[m], es[m], c[row, t], r[row, t], d, d_c[row, t], d_e, d_p, along, known
                 )  # fmt: skip
                 _copy(d_e, d_v[row, t])
 
@@ -140,22 +167,24 @@ def _across(F, d, n):
 
 
 @summing
-def _unread(by_slot, F, n, q, d_y, d, d_q, d_F):
-    """Gradients of the query, and, added to d, of the slots after the write."""
-    _clear(d_q)
+def _unread(by_slot, F, n, q, d_y, d, d_q):
+    """Gradients of the query, and, added to d, of the slots after the write: a direction's is (I − F Fᵀ) ∂ / n."""
+    if by_slot:
+        _clear(d_q)
+        _combine(d_y, F, d_q)
     for i in range(F.shape[0]):
-        for j in range(F.shape[1]):
-            d_F[j] = d_y[i] * q[j] if by_slot else q[i] * d_y[j]
-        if by_slot:
-            _add(F[i], d_y[i], d_q)
-        else:
-            d_q[i] = _dot(F[i], d_y)
-        _across(F[i], d_F, n[i])
-        _add(d_F, 1, d[i])
+        given = q if by_slot else d_y
+        along = _dot(F[i], given)
+        if not by_slot:
+            d_q[i] = along
+        much = (d_y[i] if by_slot else q[i]) / n[i]
+        to, row = d[i], F[i]
+        for j in range(row.shape[0]):
+            to[j] += much * (given[j] - along * row[j])
 
 
 @summing
-def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along):
+def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along, known):
     """The gradient of the rate; those of the code and of the error; d becomes that of the slots before the write.
 
     With p = F e and r = rate c / n, a slot after the write is n F + r (e − p F).
@@ -165,16 +194,18 @@ def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along):
     _clear(d_e)
     for i in range(M):
         r = rate * c[i] / n[i]
-        p, along[i] = _dot(F[i], e), _dot(F[i], d[i])
-        d_r = _dot(d[i], e) - p * along[i]
+        p, along[i], across = _dots(F[i], d[i], e)
+        known[i] = p
+        d_r = across - p * along[i]
         d_p[i] = -r * along[i]
         d_c[i] = d_r * rate / n[i]
         d_rate += d_r * c[i] / n[i]
+        back, own, over = d_p[i], F[i], d[i]
         for j in range(D):
-            d_e[j] += r * d[i, j] + d_p[i] * F[i, j]
+            d_e[j] += r * over[j] + back * own[j]
     for i in range(M):
         r = rate * c[i] / n[i]
-        p = _dot(F[i], e)
+        p = known[i]
         d_n = -d_c[i] * c[i] / n[i]
         to_e = F[0, 0] * 0
         weight = F[0, 0] * 0
@@ -182,8 +213,10 @@ def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along):
             to_e = _dot(F[i], d_e)
             weight = c[i]
             d_c[i] -= to_e
-        turned = d_p[i] * p - r * p * along[i] - weight * to_e
+        back, over = d_p[i], r * p
+        turned = back * p - over * along[i] - weight * to_e
+        own, to, scale = F[i], d[i], 1 / n[i]
         for j in range(D):
-            d_F = d_p[i] * e[j] - r * p * d[i, j] - weight * d_e[j]
-            d[i, j] += (d_F - turned * F[i, j]) / n[i] + d_n * F[i, j]
+            d_F = back * e[j] - over * to[j] - weight * d_e[j]
+            to[j] += scale * (d_F - turned * own[j]) + d_n * own[j]
     return d_rate
