@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,14 @@ def concat(states: Iterable[State]) -> State:
 
 def kind(t: Tensor) -> str:
     """What a tensor's numbers are, whatever their precision: floating, complex, integer or bool."""
-    if t.dtype == torch.bool:
+    return _kind(t.dtype)
+
+
+@cache
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
         return "bool"
-    return "floating" if t.is_floating_point() else "complex" if t.is_complex() else "integer"
+    return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 def form(state: State) -> Form:

@@ -1,16 +1,19 @@
 """Decoding without gradients, by the compiled steps, is the full pass."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from remanence import catalogue
 from remanence.memory import make
 from remanence.ops import steps
+from remanence.ops.taps import tap
 
 STEPPED = [
     "gated-deltanet", "deltanet", "kimi-delta", "gla", "linear-attention", "retnet", "mamba", "mamba2", "griffin",
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
-    "titans", "ttt", "ttt-mlp",
+    "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
 ]  # fmt: skip
 
 
@@ -19,6 +22,16 @@ VARIANTS = [
     ("gated-deltanet", {"negative": True, "gate": False}),
     ("gated-deltanet", {"writes": 2}),
     ("mamba", {"norm_eps": 1e-5}),
+    ("mamba2", {"groups": 1, "step_limit": (0.01, 0.05)}),
+    ("mamba2", {"norm_groups": 4}),
+    ("kimi-delta", {"bound": -5.0}),
+    ("kimi-delta", {"value_heads": 4, "value_dim": 3}),
+    ("lightning-attention-tnl", {"lrpe": False, "layer": 1}),
+    ("lightning-attention-tnl", {"lrpe": False, "slopes": [0.0, 2.0], "gate_rank": 0, "affine": True}),
+    ("xlstm-7b", {"cap": None, "bias": True}),
+    ("xlstm-7b", {"key_dim": 2, "value_dim": 6}),
+    ("griffin", {"width": 8, "heads": 4}),
+    ("retnet", {"heads": 4}),
     ("titans", {"momentum": False, "layers": 3}),
     ("titans", {"bound": None, "residual": False}),
 ]
@@ -38,3 +51,45 @@ def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
             out, state = memory(token, state)
             y.append(out)
     torch.testing.assert_close(torch.cat(y, 1), want, rtol=1e-9, atol=1e-9)
+
+
+TOKENS = {
+    "gated-deltanet": "gated_delta_token", "deltanet": "gated_delta_token", "kimi-delta": "gated_delta_token",
+    "gla": "outer_token", "linear-attention": "outer_token", "retnet": "outer_token", "mamba2": "state_space_token",
+    "xlstm-7b": "exponential_token", "rwkv7": "replacement_token", "rwkv6": "read_before_write", "rwkv": "softmax_scan",
+    "griffin": "rg_lru", "min-lstm": "min_gru",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("id", "step"), TOKENS.items())
+def test_a_token_takes_one_compiled_step_unless_its_recurrence_is_watched_or_learnt(monkeypatch, id, step):
+    monkeypatch.setattr(steps, "STEP_FROM", 0)
+    small = catalogue.cards("memory")[id].small
+    memory, x, calls = make(id, **small), torch.randn(1, 1, small["dim"]), []
+    state, taken = memory.initial_state(1), Mock(side_effect=getattr(steps, step))
+    monkeypatch.setattr(steps, step, taken)
+    with torch.no_grad():
+        memory(x, state)
+        assert taken.call_count == 1
+        if id != "rwkv":  # whose step lies within its op
+            with tap(lambda call: calls.append(call.op) or call.run()):
+                memory(x, state)
+            assert taken.call_count == 1
+            assert calls
+    before = taken.call_count
+    memory(x, state)
+    assert taken.call_count == before
+
+
+def test_of_several_rows_each_is_decoded_as_if_alone(monkeypatch):
+    monkeypatch.setattr(steps, "STEP_FROM", 0)
+    for id in TOKENS:
+        small = catalogue.cards("memory")[id].small
+        memory, x = make(id, **small).double(), torch.randn(3, 2, small["dim"], dtype=torch.float64)
+        with torch.no_grad():
+            together, alone = memory.initial_state(3), [memory.initial_state(1) for _ in range(3)]
+            for token in x.split(1, 1):
+                y, together = memory(token, together)
+                for row, own in enumerate(token.split(1)):
+                    out, alone[row] = memory(own, alone[row])
+                    torch.testing.assert_close(y[row : row + 1], out, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from remanence.errors import ShapeError
+from remanence.memory.griffin import BlockLinear
+from remanence.memory.parts import HeadNorm, RMSNorm, rotate, token_shift
 from remanence.ops import steps
 from remanence.ops.conv import causal_conv, causal_conv_reference
 from remanence.ops.delta import gated_delta_rule, gated_delta_rule_reference
@@ -14,6 +17,7 @@ from remanence.ops.linear_attention import linear_attention, linear_attention_re
 from remanence.ops.norm import normalise_reference
 from remanence.ops.scan import scan, scan_reference
 from remanence.ops.selective_scan import selective_scan, selective_scan_reference
+from remanence.ops.softmax_scan import softmax_scan, softmax_scan_reference
 
 B, H, K, V, D, N = 2, 3, 4, 5, 6, 3
 
@@ -81,6 +85,82 @@ def test_normalise(weighted, gated, mean):
     weight = numbers(V) if weighted else None
     want = normalise_reference(x, weight, gate, eps=1e-5, mean=mean, scale=0.3)
     torch.testing.assert_close(steps.normalise(x, weight, gate, 1e-5, mean, 0.3), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [None, F.silu, torch.sigmoid])
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_of_each_head(kind, bias):
+    norm = HeadNorm(H, H * V, eps=1e-3).double()
+    norm.weight.copy_(numbers(H * V))
+    norm.bias = torch.nn.Parameter(numbers(H * V)) if bias else None
+    y, gate = numbers(B, 2, H * V) * 20, None if kind is None else numbers(B, 2, H * V)
+    want = norm(y, gate, kind or F.silu)
+    for t in range(2):
+        at = slice(t, t + 1)
+        got = norm(y[:, at], None if gate is None else gate[:, at], kind or F.silu)
+        torch.testing.assert_close(got, want[:, at], rtol=1e-12, atol=1e-12)
+
+
+def test_norm_gated_by_a_sigmoid():
+    norm = RMSNorm(D).double()
+    norm.weight.copy_(numbers(D))
+    y, gate = numbers(B, 1, D), numbers(B, 1, D)
+    want = normalise_reference(y, norm.weight, eps=1e-5) * gate.sigmoid()
+    torch.testing.assert_close(norm(y, gate, torch.sigmoid), want, rtol=1e-12, atol=1e-12)
+
+
+def test_rotate():
+    x, frequencies = heads(2 * K), torch.rand(K, dtype=torch.float64)
+    start = torch.tensor([3, 10**12])
+    want = rotate(torch.cat([x, x], 2), start, frequencies)[:, :, :1]
+    torch.testing.assert_close(rotate(x, start, frequencies), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(steps.rotate(x, start, frequencies), want, rtol=1e-12, atol=1e-12)
+
+
+def test_token_shift():
+    x, last, mix = numbers(B, 3, D), numbers(B, D), numbers(4, D)
+    want, newest = token_shift(x, last, mix)
+    for t in range(3):
+        now, last = token_shift(x[:, t : t + 1], last, mix)
+        each = token_shift(x[:, t : t + 1], x[:, t], mix[:, None, None].expand(4, B, 1, D).contiguous())[0]
+        torch.testing.assert_close(torch.stack(now), torch.stack(want)[:, :, t : t + 1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.stack(each), x[:, t : t + 1].expand(4, B, 1, D), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, newest, rtol=0, atol=0)
+
+
+def test_block_linear():
+    layer = BlockLinear(H * K, H).double()
+    layer.bias.copy_(numbers(H * K))
+    x = numbers(B, 2, H * K)
+    want = layer(x)
+    torch.testing.assert_close(layer(x[:, :1]), want[:, :1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_softmax_scan(monkeypatch, decay, bonus):
+    inputs = 30 * numbers(B, 1, D), numbers(B, 1, D), decays(D) if decay else None, numbers(D) if bonus else None
+    state = {"w": numbers(B, D), "u": numbers(B, D).exp(), "m": 10 * numbers(B, D)}
+    check(monkeypatch, "softmax_scan", softmax_scan, softmax_scan_reference, *inputs, state=state)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.03, 0.5, 5.0])
+def test_rg_lru_keeps_the_variance_at_every_rate(rate):
+    zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    empty = torch.zeros(1, dtype=torch.bool)
+    for dtype, exact in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        given = one.to(dtype), zero.to(dtype), 50 * one.to(dtype), torch.tensor([rate], dtype=dtype), empty
+        h = steps.rg_lru(*given, torch.zeros(1, 1, dtype=dtype))
+        want = (-torch.expm1(2 * -4 * torch.tensor([[rate]], dtype=torch.float64))).sqrt()
+        torch.testing.assert_close(h.double(), want, rtol=exact, atol=0)
+
+
+def test_states_of_another_shape_are_refused():
+    for S in (numbers(B, H, K, V + 1), numbers(B + 1, H, K, V)):
+        with pytest.raises(ShapeError, match="state must be"):
+            linear_attention(heads(K), heads(K), heads(V), state={"S": S})
+    with pytest.raises(ShapeError, match="state must be"):
+        scan(decays(B, 1, D), numbers(B, 1, D), {"h": numbers(B, D + 1)})
 
 
 def test_scan(monkeypatch):

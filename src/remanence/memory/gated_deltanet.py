@@ -9,7 +9,17 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import DecayGate, GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.memory.parts import (
+    DecayGate,
+    FeatureDecay,
+    GatedReadout,
+    ShortConv,
+    l2_norm,
+    per_head,
+    split,
+    wide,
+    zeros,
+)
 from remanence.ops import steps
 from remanence.state import State
 
@@ -83,7 +93,7 @@ class GatedDeltaNet(Memory):
         self.kv = nn.Linear(dim, sum(self.widths[1:]), bias=False)
         self.conv = ShortConv(sum(self.widths), conv)
         self.beta = nn.Linear(dim, writes * memories, bias=False)
-        self.decay: nn.Module | None = DecayGate(dim, memories) if decay else None
+        self.decay: DecayGate | FeatureDecay | None = DecayGate(dim, memories) if decay else None
         self.readout = GatedReadout(dim, memories, V, eps=eps, activation=F.silu if gate else None)
 
     def initial_state(self, batch: int) -> State:
@@ -99,9 +109,8 @@ class GatedDeltaNet(Memory):
         state = self.begin(x, state)
         mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"], silu=True)
         beta = self.beta(x)
-        if x.shape[1] == 1 and self._is_plain() and steps.worth(state["S"], mixed, beta, self.beta.weight):
-            gate = self.decay
-            decay = (gate.step(x), gate.rate, gate.bias) if isinstance(gate, DecayGate) else ()
+        if x.shape[1] == 1 and self._is_plain() and steps.worth(state["S"], mixed, beta):
+            decay = () if self.decay is None else self.decay.logits(x)
             y, S = steps.gated_delta_token(mixed, self.heads, beta, self.most, state["S"], *decay)
             return y, {"S": S, "conv": conv}
         q, k, v = mixed.split(self.widths, -1)
@@ -121,15 +130,19 @@ class GatedDeltaNet(Memory):
         """Whether this is the rule itself, with one write per token, and no variant."""
         kind = type(self)
         own = kind.write is GatedDeltaNet.write and kind.rule is GatedDeltaNet.rule
-        return own and self.writes == 1 and (self.decay is None or type(self.decay) is DecayGate)
+        return own and self.writes == 1 and type(self.decay) in (DecayGate, FeatureDecay, type(None))
 
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and strengths that are written with, from those projected: [B, H, T, K] and [B, H, T]."""
         return l2_norm(k), beta
 
     def rule(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
-        """The recurrence: what each query reads, and the last state."""
-        y, state = ops.gated_delta_rule(q, k, v, beta, g, {"S": S})
+        """The recurrence, with a decay per head or per key feature: what each query reads, and the last state."""
+        if g is None or g.ndim == 3:
+            y, state = ops.gated_delta_rule(q, k, v, beta, g, {"S": S})
+        else:
+            written = beta[..., None] * k
+            y, state = ops.dplr(q, written, v, -g.exp() * k, written, g, {"S": S})
         return y, state["S"]
 
 

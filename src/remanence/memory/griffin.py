@@ -42,6 +42,8 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks, size, _ = self.weight.shape
+        if x.shape[-2] == 1 and steps.worth(x, self.weight, self.bias):
+            return steps.block_linear(x, self.weight, self.bias)
         parts = x.reshape(-1, blocks, size).transpose(0, 1)
         y = torch.baddbmm(self.bias.view(blocks, 1, size), parts, self.weight)
         return y.transpose(0, 1).reshape(x.shape)

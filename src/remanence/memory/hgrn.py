@@ -90,4 +90,4 @@ class HGRN(Memory):
         state = self.begin(x, state)
         log_decay = self.log_decay(x)
         h, state = ops.scan(log_decay, -torch.expm1(log_decay) * F.silu(wide(self.candidate(x))), state)
-        return self.out(self.norm(h.to(x.dtype)) * F.silu(self.gate(x))), state
+        return self.out(self.norm(h.to(x.dtype), self.gate(x))), state

@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.gated_deltanet import GatedDeltaNet
-from remanence.memory.parts import GatedReadout, split, wide
-from remanence.ops.dplr import dplr
-
-
-class FeatureDecay(nn.Module):
-    """A log decay per head and key feature: g = −exp(A) · softplus(W₂W₁x + b), or g = bound · σ(exp(A) (W₂W₁x + b)).
-
-    Shapes: x [batch, time, dim] -> [batch, heads, time, features]. Raises: `ValueError` for a bound that is not < 0.
-    """
-
-    def __init__(self, dim: int, heads: int, features: int, rank: int, bound: float | None = None):
-        super().__init__()
-        if bound is not None and not bound < 0:
-            raise ValueError(f"FeatureDecay: bound must be a log decay below 0, got {bound}.")
-        self.heads, self.bound = heads, bound
-        self.step = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, heads * features, bias=False))
-        self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log() if bound is None else torch.zeros(heads))
-        step = torch.empty(heads * features).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = split(wide(self.step(x)) + wide(self.bias), self.heads)
-        rate = wide(self.rate).exp()[:, None, None]
-        return -rate * F.softplus(step) if self.bound is None else self.bound * torch.sigmoid(rate * step)
+from remanence.memory.parts import FeatureDecay, GatedReadout
 
 
 @card(
@@ -81,9 +54,3 @@ class KimiDelta(GatedDeltaNet):
         V = self.value_dim
         self.decay = FeatureDecay(dim, self.value_heads, self.head_dim, V, bound)
         self.readout = GatedReadout(dim, self.value_heads, V, eps=eps, activation=torch.sigmoid, rank=V)
-
-    def rule(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
-        assert g is not None
-        written = beta[..., None] * k
-        y, state = dplr(q, written, v, -g.exp() * k, written, g, {"S": S})
-        return y, state["S"]

@@ -13,6 +13,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.ops import steps
 from remanence.state import State
 
 
@@ -126,14 +127,21 @@ class LightningAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = (split(part, self.heads) for part in F.silu(self.qkv(x)).chunk(3, dim=-1))
+        q, k, v = F.silu(self.qkv(x)).chunk(3, dim=-1)
+        if x.shape[1] == 1 and not self.lrpe and steps.worth(state["S"], q):
+            y, S = steps.outer_token(q, k, v, state["S"], fixed=-self.slopes)
+            return self._read(merge(y), x), {"S": S}
+        q, k, v = (split(part, self.heads) for part in (q, k, v))
         after = {}
         if self.lrpe:
             position = state["position"][:, None] + torch.arange(x.shape[1], device=x.device)
             q, k = (phases(part, position[:, None, :, None] * wide(self.frequencies).double()) for part in (q, k))
             after["position"] = state["position"] + x.shape[1]
-        y, S = lightning_attention(q, k, v, self.slopes, {"S": state["S"]}, tile=self.tile)
-        return self.out(self.norm(merge(y).to(x.dtype)) * self.gate(x).sigmoid()), {**S, **after}
+        y, written = lightning_attention(q, k, v, self.slopes, {"S": state["S"]}, tile=self.tile)
+        return self._read(merge(y).to(x.dtype), x), {**written, **after}
+
+    def _read(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.out(self.norm(y, self.gate(x), torch.sigmoid))
 
 
 def phases(x: Tensor, angle: Tensor) -> Tensor:

@@ -10,9 +10,14 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import ShortConv, wide, zeros
+from remanence.memory.parts import Derived, ShortConv, wide, zeros
 from remanence.ops.selective_scan import selective_scan
 from remanence.state import State
+
+
+def rates(logarithms: Tensor) -> Tensor:
+    """How fast each state decays, per unit of Δ: below 0."""
+    return -wide(logarithms).exp()
 
 
 @card(
@@ -77,6 +82,7 @@ class Mamba(Memory):
 
     def _init_decay(self) -> None:
         self.step_size = nn.Softplus()
+        self._rates = Derived(rates)
         self.A_log = nn.Parameter(torch.arange(1.0, self.states + 1).log().repeat(self.width, 1))
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         step = torch.empty(self.width).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
@@ -84,7 +90,7 @@ class Mamba(Memory):
 
     def _decay(self, raw: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
         """Step sizes [batch, time, width], and rates [width, states] or None."""
-        return self.step_size(raw), -wide(self.A_log).exp()
+        return self.step_size(raw), self._rates(self.A_log)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.D, batch, self.width, self.states), "conv": self.conv.initial_state(batch)}

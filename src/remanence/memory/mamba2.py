@@ -12,6 +12,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, merge, split, wide, zeros
+from remanence.ops import steps
 from remanence.ops.norm import normalise
 from remanence.state import State
 
@@ -99,6 +100,10 @@ class Mamba2(Memory):
         inner = self.widths[0]
         z, mixed, step = self.inward(x).split([inner, sum(self.widths), self.heads], dim=-1)
         mixed, conv = self.conv(mixed, state["conv"], silu=True)
+        if x.shape[1] == 1 and steps.worth(state["S"], mixed, z, step):
+            given = mixed, z, step, self.step_bias, self.rate, self.skip, self.groups, self.step_limit, state["S"]
+            y, S = steps.state_space_token(*given)
+            return self._read(y, x), {"S": S, "conv": conv}
         u, B, C = mixed.split(self.widths, dim=-1)
         u = split(u, self.heads)
         k, q = (self._share(split(part, self.groups)) for part in (B, C))
@@ -106,11 +111,14 @@ class Mamba2(Memory):
         decay = -wide(self.rate).exp()[:, None] * step
         y, after = ops.linear_attention(q, k, step[..., None] * u, decay, {"S": state["S"]})
         y = merge(torch.addcmul(y, wide(self.skip)[:, None, None], u)) * F.silu(wide(z))
+        return self._read(y, x), {**after, "conv": conv}
+
+    def _read(self, y: Tensor, x: Tensor) -> Tensor:
         if self.norm_groups == 1:
             y = normalise(y, self.scale.to(y.dtype), eps=self.eps)
         else:
             y = normalise(y.unflatten(-1, (self.norm_groups, -1)), eps=self.eps).flatten(-2) * self.scale
-        return self.out(y.to(x.dtype)), {**after, "conv": conv}
+        return self.out(y.to(x.dtype))
 
     def _share(self, x: Tensor) -> Tensor:
         """[batch, groups, time, N] -> [batch, heads, time, N], without a copy where there is one group."""

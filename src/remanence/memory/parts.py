@@ -56,6 +56,8 @@ def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
     Angles are computed in float64, so that a position of many millions still has an exact phase.
     Shapes: x [B, H, T, K], K even; start int64 [B], the position of the first token; frequencies float64 [K/2].
     """
+    if x.shape[2] == 1 and steps.worth(x):
+        return steps.rotate(x, start, frequencies)
     position = start[:, None] + torch.arange(x.shape[2], device=x.device)
     angle = position[:, None, :, None].double() * frequencies.to(x.device)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -63,9 +65,25 @@ def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x + (x' − x) ⊙ μ for every μ of `mix`, x' being the token before, and the last token.
+
+    Shapes: x [batch, time, dim], last [batch, dim], float32 or wider, mix [n, dim] or [n, batch, time, dim].
+    """
+    if x.shape[1] == 1 and steps.worth(x, last, mix):
+        return steps.token_shift(x, last, mix).unbind(), x[:, 0].clone()
+    seen = torch.cat([last[:, None], wide(x)], 1)
+    mix = mix[:, None, None] if mix.ndim == 2 else mix
+    return torch.addcmul(x, seen[:, :-1].to(x.dtype) - x, mix.to(x.dtype)).unbind(), seen[:, -1]
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
     """Vectors of length `scale` along the last axis; `eps` keeps the gradient at zero finite."""
     return normalise(x, eps=eps, mean=False, scale=scale)
+
+
+ACTIVATIONS = {F.silu: steps.SILU, torch.sigmoid: steps.SIGMOID}
+"""What the compiled norm can put its gate through."""
 
 
 class RMSNorm(nn.RMSNorm):
@@ -74,8 +92,29 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float = 1e-5, elementwise_affine: bool = True):
         super().__init__(width, eps=eps, elementwise_affine=elementwise_affine)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalise(x, self.weight, eps=self.eps or 0.0)
+    def forward(self, x: Tensor, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+        """The norm, or its product with `activation` of a gate."""
+        if gate is None or activation is F.silu:
+            return normalise(x, self.weight, gate, eps=self.eps or 0.0)
+        if x.shape[-2] == 1 and activation in ACTIVATIONS and steps.worth(x, gate):
+            return steps.normalise(x, self.weight, gate, self.eps or 0.0, kind=ACTIVATIONS[activation])
+        return normalise(x, self.weight, eps=self.eps or 0.0) * activation(gate)
+
+
+class HeadNorm(nn.GroupNorm):
+    """Each head's features to mean 0 and variance 1, then weights and biases, and a gate where one is given.
+
+    Shapes: y, gate and result [batch, time, heads·width].
+    """
+
+    def forward(
+        self, y: Tensor, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = torch.sigmoid
+    ) -> Tensor:
+        if y.shape[-2] == 1 and activation in ACTIVATIONS and steps.worth(y, gate):
+            how: dict[str, Any] = {"bias": self.bias, "kind": ACTIVATIONS[activation], "heads": self.num_groups}
+            return steps.normalise(y, self.weight, gate, self.eps, centred=True, **how)
+        y = super().forward(y.flatten(0, -2)).view_as(y)
+        return y if gate is None else y * activation(gate)
 
 
 class ShortConv(nn.Module):
@@ -124,6 +163,36 @@ class DecayGate(nn.Module):
         step = F.softplus(wide(self.step(x)) + wide(self.bias))
         return -(wide(self.rate).exp() * step).transpose(1, 2)
 
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decay is made of: `steps.gated_delta_token` makes it."""
+        return self.step(x), self.rate, self.bias
+
+
+class FeatureDecay(nn.Module):
+    """A log decay per head and key feature: g = −exp(A) · softplus(W₂W₁x + b), or g = bound · σ(exp(A) (W₂W₁x + b)).
+
+    Shapes: x [batch, time, dim] -> [batch, heads, time, features]. Raises: `ValueError` for a bound that is not < 0.
+    """
+
+    def __init__(self, dim: int, heads: int, features: int, rank: int, bound: float | None = None):
+        super().__init__()
+        if bound is not None and not bound < 0:
+            raise ValueError(f"FeatureDecay: bound must be a log decay below 0, got {bound}.")
+        self.heads, self.bound = heads, bound
+        self.step = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, heads * features, bias=False))
+        self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log() if bound is None else torch.zeros(heads))
+        step = torch.empty(heads * features).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = split(wide(self.step(x)) + wide(self.bias), self.heads)
+        rate = wide(self.rate).exp()[:, None, None]
+        return -rate * F.softplus(step) if self.bound is None else self.bound * torch.sigmoid(rate * step)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """What the decay is made of: `steps.gated_delta_token` makes it."""
+        return self.step(x), self.rate, self.bias, self.bound
+
 
 class GatedReadout(nn.Module):
     """What a matrix memory does with what it read: normalise each head, gate by SiLU(W_g x), project to `dim`.
@@ -159,16 +228,15 @@ class GatedReadout(nn.Module):
         self.out = nn.Linear(width, dim, bias=False)
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.activation is F.silu and self.gate is not None and x.shape[1] == 1 and steps.worth(x, y):
-            gate = self.gate(x)
-            return self.out(steps.normalise(y, self.norm.weight, gate, self.eps, True).view(gate.shape))
+        gate, kind = None if self.gate is None else self.gate(x), ACTIVATIONS.get(self.activation or F.silu)
+        if x.shape[1] == 1 and kind is not None and steps.worth(y, x, gate):
+            y = steps.normalise(y, self.norm.weight, gate, self.eps, kind=kind)
+            return self.out(y.view(len(x), 1, -1))
         y = y.to(x.dtype).transpose(1, 2)
-        if self.gate is None or self.activation is None:
+        if gate is None or self.activation is None:
             return self.out(self.norm(y).flatten(2))
-        gate = self.gate(x).unflatten(-1, y.shape[2:])
-        if self.activation is F.silu:
-            return self.out(normalise(y, self.norm.weight, gate, eps=self.eps).flatten(2))
-        return self.out((self.norm(y) * self.activation(gate)).flatten(2))
+        gate = gate.unflatten(-1, y.shape[2:])
+        return self.out(self.norm(y, gate, self.activation).flatten(2))
 
 
 class Derived:

@@ -9,6 +9,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, per_head, rotate, split, zeros
+from remanence.ops import steps
 from remanence.state import State
 
 
@@ -55,7 +56,10 @@ class RetNet(Memory):
         state = self.begin(x, state)
         qk, v = split(self.qk(x), 2 * self.heads), split(self.v(x), self.heads)
         q, k = rotate(qk, state["position"], self.frequencies).chunk(2, dim=1)
-        k = k * self.head_dim**-0.5
+        after, scale = {"position": state["position"] + x.shape[1]}, self.head_dim**-0.5
+        if x.shape[1] == 1 and steps.worth(state["S"], q, v):
+            y, S = steps.outer_token(q, k, v, state["S"], key_scale=scale, fixed=self.log_decay)
+            return self.readout(y, x), {"S": S, **after}
         decay = self.log_decay.to(k)[:, None].expand(k.shape[:3])
-        y, after = ops.linear_attention(q, k, v, decay, {"S": state["S"]})
-        return self.readout(y, x), {**after, "position": state["position"] + x.shape[1]}
+        y, written = ops.linear_attention(q, scale * k, v, decay, {"S": state["S"]})
+        return self.readout(y, x), {**written, **after}

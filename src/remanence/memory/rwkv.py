@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import token_shift, wide, zeros
 from remanence.ops.expgate import EMPTY
 from remanence.ops.softmax_scan import softmax_scan
 from remanence.state import State
@@ -26,9 +26,7 @@ class TokenShift(nn.Module):
         self.mix = nn.Parameter(mix)
 
     def forward(self, x: Tensor, last: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        seen = torch.cat([last[:, None], wide(x)], 1)
-        before = seen[:, :-1].to(x.dtype)
-        return tuple(torch.lerp(before, x, mu) for mu in self.mix.to(x.dtype)), seen[:, -1]
+        return token_shift(x, last, 1 - self.mix)
 
 
 @card(

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import HeadNorm, merge, per_head, split, token_shift, wide, zeros
+from remanence.ops import steps
 from remanence.ops.taps import watched
 from remanence.state import State
 
@@ -70,7 +71,7 @@ class RWKV6(Memory):
         zigzag = 0.1 * ((torch.arange(dim) + 1) % 3 - 1)
         self.bonus = nn.Parameter((depth * (1 - channel) + zigzag).view(heads, 1, -1))
         self.key, self.value, self.receptance, self.gate, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(5))
-        self.norm = nn.GroupNorm(heads, dim, eps=eps)
+        self.norm = HeadNorm(heads, dim, eps=eps)
 
     def initial_state(self, batch: int) -> State:
         S = zeros(self.out.weight, batch, self.heads, self.head_dim, self.head_dim)
@@ -78,16 +79,14 @@ class RWKV6(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        seen = torch.cat([state["shift"][:, None], wide(x)], 1)
-        change = seen[:, :-1].to(x.dtype) - x
-        chosen = torch.tanh((x + change * self.mix_all) @ self.mix_down).unflatten(-1, (5, -1))
-        blend = self.mix + torch.einsum("btnr,nrd->btnd", chosen, self.mix_up)
-        w, k, v, r, g = (x[:, :, None] + change[:, :, None] * blend).unbind(2)
+        (rough,), last = token_shift(x, state["shift"], self.mix_all[None])
+        chosen = torch.tanh(rough @ self.mix_down).view(x.shape[:2].numel(), *self.mix_up.shape[:2]).transpose(0, 1)
+        blends = torch.baddbmm(self.mix[:, None], chosen, self.mix_up).view(len(self.mix), *x.shape)
+        (w, k, v, r, g), _ = token_shift(x, state["shift"], blends)
         decay = -torch.exp(wide(self.decay_base) + wide(torch.tanh(w @ self.decay_down) @ self.decay_up))
         r, k, v = (split(part, self.heads) for part in (self.receptance(r), self.key(k), self.value(v)))
         y, S = read_before_write(r, k, v, split(decay, self.heads), wide(self.bonus), state["S"])
-        y = self.norm(merge(y).to(x.dtype).flatten(0, 1)).view_as(x)
-        return self.out(y * F.silu(self.gate(g))), {"S": S, "shift": seen[:, -1]}
+        return self.out(self.norm(merge(y).to(x.dtype), self.gate(g), F.silu)), {"S": S, "shift": last}
 
 
 def read_before_write(
@@ -99,6 +98,8 @@ def read_before_write(
     first reads after an empty token. All that is read of S goes through the op, so a sequence may be split over ranks.
     Shapes: r, k, log_decay [B, H, T, K], v and y [B, H, T, V], bonus u [H, 1, K], S [B, H, K, V].
     """
+    if k.shape[2] == 1 and steps.worth(S, r, k, v, log_decay, bonus):
+        return steps.read_before_write(r, k, v, log_decay, bonus, S)
     present = (r * bonus * k).sum(-1, keepdim=True) * v
     if k.shape[2] == 1 and not watched():  # one token alone is decoded in fewer operations
         return r @ S + present, ops.linear_attention(r, k, v, log_decay, {"S": S})[1]["S"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import l2_norm, merge, split, wide, zeros
+from remanence.memory.parts import HeadNorm, l2_norm, merge, split, token_shift, wide, zeros
+from remanence.ops import steps
 from remanence.ops.dplr import dplr
 from remanence.state import State
 
@@ -91,7 +92,7 @@ class RWKV7(Memory):
         self.removal = nn.Parameter(0.71 - 0.1 * centred)
         self.replacement = nn.Parameter(torch.full((dim,), 1.02))
         self.bonus = nn.Parameter(torch.full((heads, head_dim), -0.04))
-        self.norm = nn.GroupNorm(heads, dim, eps=1e-5 * head_dim)
+        self.norm = HeadNorm(heads, dim, eps=1e-5 * head_dim)
         for linear, bound in ((self.r, 0.5), (self.k, 0.05), (self.v, 0.5)):
             nn.init.uniform_(linear.weight, -bound * dim**-0.5, bound * dim**-0.5)
         nn.init.zeros_(self.out.weight)
@@ -107,21 +108,23 @@ class RWKV7(Memory):
         """`context` is what the layers of one stack tell each other about these tokens: the first leaves its values
         there (under "rwkv7 values"), the later ones take them. Without it, each keeps to its own."""
         state = self.begin(x, state)
-        tokens = torch.cat([state["shift"][:, None].to(x.dtype), x], 1)
-        x_r, x_w, x_k, x_v, x_a, x_g = torch.addcmul(x, tokens[:, :-1] - x, self.mix[:, None, None]).unbind()
+        (x_r, x_w, x_k, x_v, x_a, x_g), last = token_shift(x, state["shift"], self.mix)
         v = self.v(x_v)
         if self.layer == 0 and context is not None:
             context["rwkv7 values"] = v
         elif self.value_mix is not None and context is not None and "rwkv7 values" in context:
             v = v.lerp(context["rwkv7 values"], self.value_mix(x_v).sigmoid())
-        r, k, values, g, eta = (
-            split(p, len(self.bonus)) for p in (self.r(x_r), self.k(x_k), v, self.decay(x_w), self.rate(x_a))
-        )
+        given = self.r(x_r), self.k(x_k), v, self.decay(x_w), self.rate(x_a)
+        if x.shape[1] == 1 and steps.worth(state["S"], *given):
+            learnt = self.removal, self.replacement, self.bonus
+            y, own, S = steps.replacement_token(*given, *learnt, LOWEST, state["S"])
+            return self.out((self.norm(y) + own) * self.gate(x_g)), {"S": S, "shift": last}
+        r, k, values, g, eta = (split(p, len(self.bonus)) for p in given)
         g, eta = LOWEST * g.sigmoid(), eta.sigmoid()
         removal, replacement = (split(p[None, None], len(self.bonus)) for p in (self.removal, self.replacement))
         removed = l2_norm(k * removal, eps=1e-12)
         written = k * (1 + (eta - 1) * replacement)
-        y, S = dplr(r, written, values, -removed, removed * eta, g, {"S": state["S"]})
+        y, after = dplr(r, written, values, -removed, removed * eta, g, {"S": state["S"]})
         own = (r * written * wide(self.bonus)[:, None]).sum(-1, keepdim=True) * values
-        y = self.norm(merge(y).to(x.dtype).flatten(0, 1)).view_as(x) + merge(own).to(x.dtype)
-        return self.out(y * self.gate(x_g)), {**S, "shift": wide(tokens[:, -1])}
+        y = self.norm(merge(y).to(x.dtype)) + merge(own).to(x.dtype)
+        return self.out(y * self.gate(x_g)), {**after, "shift": last}

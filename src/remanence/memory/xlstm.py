@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import HeadNorm, merge, per_head, split, wide, zeros
+from remanence.ops import steps
 from remanence.ops.expgate import expgate
 from remanence.state import State
 
@@ -62,7 +63,7 @@ class MLSTM(Memory):
         self.widths = (keys, keys, values, values)
         self.qkvo = nn.Linear(dim, sum(self.widths), bias=bias)
         self.gates = nn.Linear(dim, 2 * heads)  # inputs, then forgets
-        self.norm = nn.GroupNorm(heads, values, eps=norm_eps)
+        self.norm = HeadNorm(heads, values, eps=norm_eps)
         self.out = nn.Linear(values, dim, bias=bias)
         if not bias:
             self.norm.register_parameter("bias", None)
@@ -77,11 +78,13 @@ class MLSTM(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         q, k, v, o = self.qkvo(x).split(self.widths, dim=-1)
-        q, k, v = (split(part, self.heads) for part in (q, k, v))
         gates = wide(self.gates(x))
+        if x.shape[1] == 1 and steps.worth(state["C"], q, gates):
+            y, state = steps.exponential_token(q, k, v, gates, state, self.cap, self.eps)
+            return self.out(self.norm(y, o)), state
+        q, k, v = (split(part, self.heads) for part in (q, k, v))
         if self.cap is not None:
             gates = self.cap * torch.tanh(gates / self.cap)
         write, forget = gates.transpose(1, 2).split(self.heads, dim=1)
         y, state = expgate(q * q.shape[-1] ** -0.5, k, v, F.logsigmoid(forget), write, state, eps=self.eps)
-        y = self.norm(merge(y).to(x.dtype).flatten(0, 1)).view_as(o)
-        return self.out(y * o.sigmoid()), state
+        return self.out(self.norm(merge(y).to(x.dtype), o)), state

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.expgate import EMPTY
 from remanence.ops.taps import tapped
@@ -62,6 +63,8 @@ def softmax_scan(
     for name, x in (("log_decay", log_decay), ("bonus", bonus)):
         if x is not None:
             expect("softmax_scan", name, x, "features", features=D)
+    if T == 1 and state is not None and steps.worth(score, value, state["w"], state["u"]):
+        return steps.softmax_scan(score, value, log_decay, bonus, state)
     if T == 0:
         return softmax_scan_reference(score, value, log_decay, bonus, state)
     inputs = _prepare(score, value, log_decay, bonus, state)

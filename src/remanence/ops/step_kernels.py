@@ -1,6 +1,8 @@
 """One token of each recurrence, compiled for the CPU. Axes: B batch, H heads, D features, K of keys, V of values.
 
-Tensors are contiguous and keep their time axis of one. No array is altered but the outputs, which come last.
+Tensors are given by their addresses, since making an array of one takes longer than most of these loops; one that is
+absent has none (0). They are contiguous, of the precision of `one`, and have no time axis. No tensor is altered but
+the outputs.
 """
 
 from __future__ import annotations
@@ -8,15 +10,42 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
-from remanence.ops.compiled import decay, jit, sigmoid_and_silu
+from remanence.ops.compiled import decay, jit, sigmoid_and_silu, summing
+from remanence.ops.decay import FLOOR
 from remanence.ops.dplr_kernels import read, write
+
+PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
+"""What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
+ALL, FIXED, CHOSEN = 0, 1, 2
+"""What is kept: all, a fixed share for each head, or one that the token chooses for each key feature."""
+
+
+@intrinsic
+def _pointer(typing, address, like):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), generate
+
+
+@jit
+def at(one, address, shape):
+    """The array of this shape that lies at an address, of numbers such as `one`."""
+    return carray(_pointer(address, one), shape)  # type: ignore[call-arg]
 
 
 @jit
 def _sigmoid(x):
     return sigmoid_and_silu(x)[0]
+
+
+@jit
+def _softplus(x):
+    return x if x > 20 else math.log1p(math.exp(x))
 
 
 @jit
@@ -26,20 +55,92 @@ def _add(x, scale, out):
 
 
 @jit
-def conv(tail, x, weight, bias, biased, silu, y, after):
-    """weight [D, width]."""
-    D, width = weight.shape
-    for b in range(x.shape[0]):
-        new, out = x[b, 0], y[b, 0]
-        for d in range(D):
-            out[d] = weight[d, width - 1] * new[d] + (bias[d] if biased else 0)
-        for j in range(width - 1):
-            old = tail[b, j]
-            for d in range(D):
-                out[d] += weight[d, j] * old[d]
+def _activate(x):
+    for d in range(x.shape[0]):
+        x[d] = sigmoid_and_silu(x[d])[1]
+
+
+@summing
+def _read_both(a, b, S, u, w):
+    """u = Sᵀ a and w = Sᵀ b, of one look at S, two key features at a time."""
+    K, V = S.shape
+    for j in range(V):
+        u[j] = 0
+        w[j] = 0
+    even = K - K % 2
+    for i in range(0, even, 2):
+        first, second = S[i], S[i + 1]
+        a0, a1, b0, b1 = a[i], a[i + 1], b[i], b[i + 1]
+        for j in range(V):
+            u[j] += a0 * first[j] + a1 * second[j]
+            w[j] += b0 * first[j] + b1 * second[j]
+    if even < K:
+        _add(S[even], a[even], u)
+        _add(S[even], b[even], w)
+
+
+@jit
+def _write(start, decays, k, new, S):
+    """S = Diag(decays) start + k newᵀ."""
+    for i in range(S.shape[0]):
+        before, now, a, x = start[i], S[i], decays[i], k[i]
+        for d in range(new.shape[0]):
+            now[d] = a * before[d] + x * new[d]
+
+
+@jit
+def _write_and_read(start, decays, k, new, q, S, out):
+    """The same, and out = Sᵀ q, of one look at S."""
+    fill(out, 0)
+    for i in range(S.shape[0]):
+        before, now, a, x, late = start[i], S[i], decays[i], k[i], q[i]
+        for d in range(new.shape[0]):
+            held = a * before[d] + x * new[d]
+            now[d] = held
+            out[d] += late * held
+
+
+@jit
+def _read_and_write(start, decays, k, new, q, S, out):
+    """The same, but out = startᵀ q."""
+    fill(out, 0)
+    for i in range(S.shape[0]):
+        before, now, a, x, late = start[i], S[i], decays[i], k[i], q[i]
+        for d in range(new.shape[0]):
+            held = before[d]
+            now[d] = a * held + x * new[d]
+            out[d] += late * held
+
+
+@jit
+def _four_taps(w, old, new, out):
+    first, second, third = old[0], old[1], old[2]
+    for d in range(new.shape[0]):
+        i = 4 * d  # of a flat array, which the compiler vectorises as it does not one of rows
+        out[d] += w[i] * first[d] + w[i + 1] * second[d] + w[i + 2] * third[d] + w[i + 3] * new[d]
+
+
+@jit
+def causal_conv(one, tails, xs, weights, biases, ys, afters, B, D, width, silu):
+    """tail and after [B, width − 1, D], x and y [B, D], weight [D, width], bias [D] or absent."""
+    tail, after = at(one, tails, (B, width - 1, D)), at(one, afters, (B, width - 1, D))
+    x, y = at(one, xs, (B, D)), at(one, ys, (B, D))
+    weight, bias = at(one, weights, (D, width)), at(one, biases, (D,))
+    for b in range(B):
+        new, out = x[b], y[b]
+        if biases:
+            copy_row(bias, out)
+        else:
+            fill(out, 0)
+        if width == 4:
+            _four_taps(weight.reshape(-1), tail[b], new, out)
+        else:
+            for j in range(width):
+                seen = tail[b, j] if j < width - 1 else new
+                for d in range(D):
+                    out[d] += weight[d, j] * seen[d]
         if silu:
-            for d in range(D):
-                out[d] = sigmoid_and_silu(out[d])[1]
+            _activate(out)
         for j in range(width - 2):
             copy_row(tail[b, j + 1], after[b, j])
         if width > 1:
@@ -47,37 +148,73 @@ def conv(tail, x, weight, bias, biased, silu, y, after):
 
 
 @jit
-def normalise(x, weight, weighted, gate, gated, share, eps, y):
-    """Rows [n, width]."""
-    for i in range(x.shape[0]):
+def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred, kind, share, eps):
+    """Rows [rows, width], each by its own: weight and bias [groups, width] go round with the rows."""
+    x, y, gate = at(one, xs, (rows, width)), at(one, ys, (rows, width)), at(one, gates, (rows, width))
+    weight, bias = at(one, weights, (groups, width)), at(one, biases, (groups, width))
+    for i in range(rows):
         row, out = x[i], y[i]
-        r = x.dtype.type(1 / math.sqrt(share * dot(row, row) + eps))
-        for d in range(row.shape[0]):
-            out[d] = row[d] * r
-        if weighted:
-            for d in range(row.shape[0]):
-                out[d] *= weight[d]
-        if gated:
+        copy_row(row, out)
+        if centred:
+            mean = x.dtype.type(0)
+            for d in range(width):
+                mean += row[d]
+            mean /= width
+            for d in range(width):
+                out[d] -= mean
+        r = x.dtype.type(1 / math.sqrt(share * dot(out, out) + eps))
+        for d in range(width):
+            out[d] *= r
+        if weights:
+            scale = weight[i % groups]
+            for d in range(width):
+                out[d] *= scale[d]
+        if biases:
+            _add(bias[i % groups], one, out)
+        if kind == SILU:
             g = gate[i]
-            for d in range(row.shape[0]):
+            for d in range(width):
                 out[d] *= sigmoid_and_silu(g[d])[1]
+        elif kind == SIGMOID:
+            g = gate[i]
+            for d in range(width):
+                out[d] *= _sigmoid(g[d])
 
 
 @jit
-def scan(g, b, start, h):
-    """g, b [B, 1, D]; h [B, D]."""
-    for i in range(b.shape[0]):
-        a, new, before, now = g[i, 0], b[i, 0], start[i], h[i]
-        for d in range(new.shape[0]):
+def rotate(one, xs, ys, positions, rates, B, H, K):
+    """x and y [B, H, K]; position int64 [B]; rate float64 [K / 2]."""
+    x, y, half = at(one, xs, (B, H, K)), at(one, ys, (B, H, K)), K // 2
+    position, rate = at(np.int64(0), positions, (B,)), at(1.0, rates, (half,))
+    cos, sin = np.empty(half, x.dtype), np.empty(half, x.dtype)
+    for b in range(B):
+        for j in range(half):
+            angle = position[b] * rate[j]
+            cos[j], sin[j] = math.cos(angle), math.sin(angle)
+        for h in range(H):
+            first, second, left, right = x[b, h, :half], x[b, h, half:], y[b, h, :half], y[b, h, half:]
+            for j in range(half):
+                left[j] = first[j] * cos[j] - second[j] * sin[j]
+            for j in range(half):
+                right[j] = first[j] * sin[j] + second[j] * cos[j]
+
+
+@jit
+def scan(one, gs, bs, starts, hs, B, D):
+    """All [B, D]."""
+    g, b, start, h = at(one, gs, (B, D)), at(one, bs, (B, D)), at(one, starts, (B, D)), at(one, hs, (B, D))
+    for i in range(B):
+        a, new, before, now = g[i], b[i], start[i], h[i]
+        for d in range(D):
             now[d] = decay(a[d]) * before[d] + new[d]
 
 
 @jit
-def min_gru(z, gates, start, h):
-    """z [B, 1, (gates + 1)·D]: the logits of the gates, and the candidate."""
-    D = h.shape[1]
-    for i in range(h.shape[0]):
-        row, before, now = z[i, 0], start[i], h[i]
+def min_gru(one, zs, starts, hs, B, D, gates):
+    """z [B, (gates + 1)·D]: the logits of the gates, and the candidate; h [B, D]."""
+    z, start, h = at(one, zs, (B, (gates + 1) * D)), at(one, starts, (B, D)), at(one, hs, (B, D))
+    for i in range(B):
+        row, before, now = z[i], start[i], h[i]
         first, candidate = row[:D], row[gates * D :]
         for d in range(D):
             now[d] = _sigmoid(first[d])
@@ -93,85 +230,289 @@ def min_gru(z, gates, start, h):
 
 
 @jit
-def rg_lru(u, decay_logit, input_logit, rate, empty, start, h):
-    """u and the logits [B, 1, D]; rate [D] ≥ 0: a = exp(−8 σ(decay) rate), and h = a h + √(1 − a²) σ(input) u."""
-    for i in range(h.shape[0]):
-        new, first, second, before, now = u[i, 0], decay_logit[i, 0], input_logit[i, 0], start[i], h[i]
-        for d in range(new.shape[0]):
-            now[d] = -8 * _sigmoid(first[d]) * rate[d]
-        for d in range(new.shape[0]):
-            scale = 1.0 if empty[i] else math.sqrt(-math.expm1(2 * now[d]))
-            now[d] = decay(now[d]) * before[d] + scale * _sigmoid(second[d]) * new[d]
+def block_linear(one, xs, weights, biases, ys, B, blocks, size):
+    """x and y [B, blocks·size], weight [blocks, in, out]."""
+    x, y = at(one, xs, (B, blocks, size)), at(one, ys, (B, blocks, size))
+    weight, bias = at(one, weights, (blocks, size, size)), at(one, biases, (blocks, size))
+    for b in range(B):
+        for n in range(blocks):
+            read(x[b, n], weight[n], y[b, n])
+            _add(bias[n], one, y[b, n])
 
 
 @jit
-def _write(start, decays, k, new, S):
-    """S = Diag(decays) start + k newᵀ."""
-    for i in range(S.shape[0]):
-        before, now, a, x = start[i], S[i], decays[i], k[i]
-        for d in range(new.shape[0]):
-            now[d] = a * before[d] + x * new[d]
+def rg_lru(one, us, decay_logits, input_logits, rates, empties, starts, hs, B, D):
+    """All [B, D] but rate [D] and empty [B]: a = exp(−8 σ(decay) rate), h = a h + √(1 − a²) σ(input) u."""
+    u, start, h = at(one, us, (B, D)), at(one, starts, (B, D)), at(one, hs, (B, D))
+    first, second = at(one, decay_logits, (B, D)), at(one, input_logits, (B, D))
+    rate, empty = at(one, rates, (D,)), at(one, empties, (B,))
+    series = np.empty(D, h.dtype)  # of (eˣ − 1)/x, since 1 − eˣ loses its digits near 0
+    for i in range(B):
+        new, before, now, slow, into = u[i], start[i], h[i], first[i], second[i]
+        for d in range(D):
+            now[d] = -8 * _sigmoid(slow[d]) * rate[d]
+        fill(series, 1)
+        for n in range(15, 1, -1):
+            part = h.dtype.type(2 / n)
+            for d in range(D):
+                series[d] = one + part * now[d] * series[d]
+        for d in range(D):
+            double = 2 * now[d]
+            lost = -double * series[d] if double > -0.5 else one - decay(double)
+            scale = one if empty[i] else math.sqrt(lost)
+            now[d] = decay(now[d]) * before[d] + scale * _sigmoid(into[d]) * new[d]
 
 
 @jit
-def linear_attention(q, k, v, g, decays, start, y, S):
+def linear_attention(one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, decays):
     """`decays`, and the last axis of g: none, one for the head, or one per key feature."""
-    K = k.shape[3]
-    a, seen = np.empty(K, v.dtype), np.empty(K, v.dtype)
+    q, k, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gs, (B, H, decays))
+    v, y = at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    start, S = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    a = np.empty(K, v.dtype)
     fill(a, 1.0)
-    for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            late, early, new, out = q[b, h, 0], k[b, h, 0], v[b, h, 0], y[b, h, 0]
+    for b in range(B):
+        for h in range(H):
             if decays == 1:
-                fill(a, decay(g[b, h, 0, 0]))
+                fill(a, decay(g[b, h, 0]))
             elif decays > 1:
-                rates = g[b, h, 0]
+                rates = g[b, h]
                 for i in range(K):
                     a[i] = decay(rates[i])
+            _write_and_read(start[b, h], a, k[b, h], v[b, h], q[b, h], S[b, h], y[b, h])
+
+
+@jit
+def outer_token(
+    one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, features, scale, key_scale, forget, temper, mean, eps
+):
+    """`linear_attention` from what a layer projects, a decay made of logits among it.
+
+    `features` is what queries and keys pass; `mean` says that the state has a column more, of the keys' sums, by whose
+    answer + eps the others' are divided. g is [H], or the logits [B, H, K] of 1/`temper` of a log sigmoid.
+    """
+    q, k, v, y = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    g, logits, columns = at(one, gs, (H,)), at(one, gs, (B, H, K)), V + 1 if mean else V
+    start, S = at(one, starts, (B, H, K, columns)), at(one, ends, (B, H, K, columns))
+    late, early, a, new, found = (
+        np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(columns, y.dtype),
+        np.empty(columns, y.dtype),
+    )  # fmt: skip
+    fill(a, 1.0)
+    fill(new, 1.0)
+    for b in range(B):
+        for h in range(H):
+            _features(q[b, h], scale, features, late)
+            _features(k[b, h], key_scale, features, early)
+            if forget == FIXED:
+                fill(a, decay(g[h]))
+            elif forget == CHOSEN:
+                rates = logits[b, h]
+                for i in range(K):
+                    a[i] = y.dtype.type(-_softplus(-rates[i]) / temper)
+                for i in range(K):
+                    a[i] = decay(a[i])
+            copy_row(v[b, h], new[:V])
+            out = y[b, h]
+            _write_and_read(start[b, h], a, early, new, late, S[b, h], found)
+            by = 1 / (found[V] + y.dtype.type(eps)) if mean else one
+            for d in range(V):
+                out[d] = found[d] * by
+
+
+@jit
+def _features(x, scale, kind, out):
+    for i in range(x.shape[0]):
+        out[i] = scale * x[i]
+    if kind == ELU:
+        for i in range(x.shape[0]):
+            out[i] = out[i] + 1 if out[i] > 0 else decay(out[i])
+    elif kind == SILU:
+        _activate(out)
+
+
+@jit
+def read_before_write(one, qs, ks, vs, gs, bonuses, starts, ys, ends, B, H, K, V):
+    """As `linear_attention` with a decay per key feature, but read at q before the write, which counts `bonus` times.
+
+    bonus [H, K]."""
+    q, k, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gs, (B, H, K))
+    v, y, bonus = at(one, vs, (B, H, V)), at(one, ys, (B, H, V)), at(one, bonuses, (H, K))
+    start, S = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    a = np.empty(K, v.dtype)
+    for b in range(B):
+        for h in range(H):
+            late, early, out, own, rates, extra = q[b, h], k[b, h], y[b, h], v.dtype.type(0), g[b, h], bonus[h]
             for i in range(K):
-                seen[i] = late[i] * a[i]
-            read(seen, start[b, h], out)
-            _add(new, dot(late, early), out)
-            _write(start[b, h], a, early, new, S[b, h])
+                own += late[i] * extra[i] * early[i]
+                a[i] = decay(rates[i])
+            _read_and_write(start[b, h], a, early, v[b, h], late, S[b, h], out)
+            _add(v[b, h], own, out)
 
 
 @jit
-def _delta(late, early, new, beta, a, start, error, decays, out, S):
-    """One head: S = a (start − …) with the part of `new` that it did not foresee, read at `late`."""
-    read(early, start, error)
+def state_space_token(one, mixes, zs, steps, biases, rates, skips, starts, ys, ends, B, H, G, K, V, least, most):
+    """Mamba-2's recurrence from what it projects: values, keys and queries side by side, the last two of G groups.
+
+    Steps [B, H] are logits, clipped after softplus to `least` … `most`; what is read is gated by SiLU(z) [B, H·V].
+    """
+    mixed, z = at(one, mixes, (B, H * V + 2 * G * K)), at(one, zs, (B, H * V))
+    step, bias, rate, skip = at(one, steps, (B, H)), at(one, biases, (H,)), at(one, rates, (H,)), at(one, skips, (H,))
+    start, S, y = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V)), at(one, ys, (B, H * V))
+    new, a = np.empty(V, y.dtype), np.empty(K, y.dtype)
+    for b in range(B):
+        row, out = mixed[b], y[b]
+        for h in range(H):
+            place = H * V + h // (H // G) * K
+            u, early, late = row[h * V : (h + 1) * V], row[place : place + K], row[place + G * K : place + (G + 1) * K]
+            size = y.dtype.type(min(max(_softplus(step[b, h] + bias[h]), least), most))
+            fill(a, decay(y.dtype.type(-math.exp(rate[h]) * size)))
+            for d in range(V):
+                new[d] = size * u[d]
+            read_out = out[h * V : (h + 1) * V]
+            _write_and_read(start[b, h], a, early, new, late, S[b, h], read_out)
+            _add(u, skip[h], read_out)
+        logits = z[b]
+        for d in range(H * V):
+            out[d] *= sigmoid_and_silu(logits[d])[1]
+
+
+@jit
+def exponential_token(
+    one, qs, ks, vs, gates, starts, ys, ends, counts, next_counts, tops, next_tops, B, H, K, V, cap, eps
+):
+    """The matrix LSTM from what it projects: queries, keys and values, logits of writing and of forgetting [B, 2H].
+
+    `counts` are n [B, H, K], `tops` m [B, H], both in float64. Queries are scaled by K^{-1/2}; gates are softly
+    capped at `cap`, unless it is 0.
+    """
+    q, k, gate = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gates, (B, 2 * H))
+    v, y = at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    start, C = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    count, n = at(1.0, counts, (B, H, K)), at(1.0, next_counts, (B, H, K))
+    top, m = at(1.0, tops, (B, H)), at(1.0, next_tops, (B, H))
+    a, early, late = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
+    scale = y.dtype.type(1 / math.sqrt(K))
+    for b in range(B):
+        for h in range(H):
+            into, keep = np.float64(gate[b, h]), np.float64(gate[b, H + h])
+            if cap:
+                into, keep = cap * math.tanh(into / cap), cap * math.tanh(keep / cap)
+            keep = max(-_softplus(-keep), FLOOR) + top[b, h]
+            m[b, h] = max(keep, into)
+            kept, written = math.exp(keep - m[b, h]), math.exp(into - m[b, h])
+            fill(a, kept)
+            seen, counted, before = 0.0, n[b, h], count[b, h]
+            for i in range(K):
+                late[i] = scale * q[b, h, i]
+                early[i] = written * k[b, h, i]
+                counted[i] = kept * before[i] + written * k[b, h, i]
+                seen += counted[i] * q[b, h, i]
+            seen *= 1 / math.sqrt(K)
+            out = y[b, h]
+            _write_and_read(start[b, h], a, early, v[b, h], late, C[b, h], out)
+            size = y.dtype.type(1 / (max(abs(seen), math.exp(-m[b, h])) + eps))
+            for d in range(V):
+                out[d] *= size
+
+
+@jit
+def softmax_scan(one, scores, values, rates, bonuses, sums, sizes, ys, next_sums, next_sizes, tops, next_tops, B, D):
+    """All [B, D] but the decay's rate and the bonus [D], which may be absent; `tops` are m, in float64."""
+    score, v, y = at(one, scores, (B, D)), at(one, values, (B, D)), at(one, ys, (B, D))
+    w, u = at(one, sums, (B, D)), at(one, sizes, (B, D))
+    new_w, new_u = at(one, next_sums, (B, D)), at(one, next_sizes, (B, D))
+    m, new_m = at(1.0, tops, (B, D)), at(1.0, next_tops, (B, D))
+    rate, bonus = at(one, rates, (D,)), at(one, bonuses, (D,))
+    past, present = np.empty(D, y.dtype), np.empty(D, y.dtype)
+    for b in range(B):
+        for d in range(D):  # what is read
+            now = np.float64(score[b, d]) + (bonus[d] if bonuses else 0)
+            top = max(m[b, d], now)
+            past[d], present[d] = m[b, d] - top, now - top
+        _decay_both(past, present)
+        for d in range(D):
+            y[b, d] = (past[d] * w[b, d] + present[d] * v[b, d]) / (past[d] * u[b, d] + present[d])
+        for d in range(D):  # what is kept
+            before = m[b, d] + (max(np.float64(rate[d]), FLOOR) if rates else 0)
+            top = max(before, np.float64(score[b, d]))
+            past[d], present[d] = before - top, score[b, d] - top
+            new_m[b, d] = top
+        _decay_both(past, present)
+        for d in range(D):
+            new_w[b, d] = past[d] * w[b, d] + present[d] * v[b, d]
+        for d in range(D):
+            new_u[b, d] = past[d] * u[b, d] + present[d]
+
+
+@jit
+def _decay_both(x, y):
+    for d in range(x.shape[0]):
+        x[d] = decay(x[d])
+    for d in range(y.shape[0]):
+        y[d] = decay(y[d])
+
+
+@jit
+def token_shift(one, xs, lasts, mixes, ys, blends, B, D, per_row):
+    """y [blends, B, D]: x + (last − x) ⊙ mix, with mix [blends, D], or [blends, B, D] (`per_row`)."""
+    rows = B if per_row else 1
+    x, last = at(one, xs, (B, D)), at(one, lasts, (B, D))
+    mix, y = at(one, mixes, (blends, rows, D)), at(one, ys, (blends, B, D))
+    for n in range(blends):
+        for b in range(B):
+            now, before, share, out = x[b], last[b], mix[n, b if per_row else 0], y[n, b]
+            for d in range(D):
+                out[d] = now[d] + (before[d] - now[d]) * share[d]
+
+
+@jit
+def _delta(late, early, new, beta, a, start, error, seen, found, out, S):
+    """One head: S = Diag(a) start + the part of `new` that this did not foresee at `early`, read at `late`."""
+    for i in range(a.shape[0]):
+        seen[i] = a[i] * late[i]
+        found[i] = a[i] * early[i]
+    _read_both(found, seen, start, error, out)
     for d in range(new.shape[0]):
-        error[d] = beta * (new[d] - a * error[d])
-    read(late, start, out)
-    same = dot(late, early)
-    for d in range(new.shape[0]):
-        out[d] = a * out[d] + same * error[d]
-    fill(decays, a)
-    _write(start, decays, early, error, S)
+        error[d] = beta * (new[d] - error[d])
+    _add(error, dot(late, early), out)
+    _write(start, a, early, error, S)
 
 
 @jit
-def gated_delta_rule(q, k, v, beta, g, decayed, start, y, S):
-    """beta, g [B, H, 1]."""
-    error, decays = np.empty(v.shape[3], v.dtype), np.empty(k.shape[3], v.dtype)
-    for b in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            a = decay(g[b, h, 0]) if decayed else v.dtype.type(1)
-            late, early, new, out = q[b, h, 0], k[b, h, 0], v[b, h, 0], y[b, h, 0]
-            _delta(late, early, new, beta[b, h, 0], a, start[b, h], error, decays, out, S[b, h])
+def gated_delta_rule(one, qs, ks, vs, betas, gs, starts, ys, ends, B, H, K, V):
+    """beta, g [B, H]."""
+    q, k, beta, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, betas, (B, H)), at(one, gs, (B, H))
+    v, y = at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    start, S = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    error, a, seen, found = np.empty(V, v.dtype), np.empty(K, v.dtype), np.empty(K, v.dtype), np.empty(K, v.dtype)
+    fill(a, 1)
+    for b in range(B):
+        for h in range(H):
+            if gs:
+                fill(a, decay(g[b, h]))
+            _delta(q[b, h], k[b, h], v[b, h], beta[b, h], a, start[b, h], error, seen, found, y[b, h], S[b, h])
 
 
 @jit
-def gated_delta_token(mixed, heads, beta, most, step, rate, bias, decayed, eps, start, y, S):
-    """The same from what the layer projects: queries, keys and values side by side, logits of β and of the decay."""
-    K, V = start.shape[2:]
-    error, decays = np.empty(V, y.dtype), np.empty(K, y.dtype)
+def gated_delta_token(
+    one, mixes, betas, steps, rates, biases, starts, ys, ends, B, heads, M, K, V, decays, bound, most, eps
+):
+    """The same from what the layer projects: queries, keys and values side by side, logits of β and of the decays."""
+    mixed = at(one, mixes, (B, 2 * heads * K + M * V))
+    beta, step, rate, bias = (
+        at(one, betas, (B, M)), at(one, steps, (B, M, decays)), at(one, rates, (M,)), at(one, biases, (M, decays)),
+    )  # fmt: skip
+    start, S, y = at(one, starts, (B, M, K, V)), at(one, ends, (B, M, K, V)), at(one, ys, (B, M, V))
+    error, a, seen, found = np.empty(V, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
     late, early = np.empty(K, y.dtype), np.empty(K, y.dtype)
-    share = start.shape[1] // heads
-    for b in range(start.shape[0]):
-        row = mixed[b, 0]
-        for m in range(start.shape[1]):
-            at = m // share * K
-            q, k = row[at : at + K], row[heads * K + at : heads * K + at + K]
+    share = M // heads
+    fill(a, 1)
+    for b in range(B):
+        row = mixed[b]
+        for m in range(M):
+            place = m // share * K
+            q, k = row[place : place + K], row[heads * K + place : heads * K + place + K]
             new = row[2 * heads * K + m * V : 2 * heads * K + (m + 1) * V]
             if m % share == 0:
                 by_q = y.dtype.type(1 / math.sqrt(K * (dot(q, q) + eps)))
@@ -179,49 +520,99 @@ def gated_delta_token(mixed, heads, beta, most, step, rate, bias, decayed, eps, 
                 for i in range(K):
                     late[i] = q[i] * by_q
                     early[i] = k[i] * by_k
-            a = y.dtype.type(1)
-            if decayed:
-                z = step[b, 0, m] + bias[m]
-                z = z if z > 20 else math.log1p(math.exp(z))
-                a = decay(y.dtype.type(-math.exp(rate[m]) * z))
-            strength = y.dtype.type(most / (1 + math.exp(-beta[b, 0, m])))
-            _delta(late, early, new, strength, a, start[b, m], error, decays, y[b, m, 0], S[b, m])
+            if decays:
+                speed = math.exp(rate[m])
+                for i in range(decays):
+                    z = step[b, m, i] + bias[m, i]
+                    a[i] = -speed * _softplus(z) if bound == 0 else bound / (1 + math.exp(-speed * z))
+                for i in range(decays):
+                    a[i] = decay(a[i])
+                if decays == 1:
+                    fill(a, a[0])
+            strength = y.dtype.type(most / (1 + math.exp(-beta[b, m])))
+            _delta(late, early, new, strength, a, start[b, m], error, seen, found, y[b, m], S[b, m])
 
 
 @jit
-def dplr(q, k, v, a, b, g, decayed, start, y, S):
-    K = k.shape[3]
-    found, decays, seen = np.empty(v.shape[3], v.dtype), np.empty(K, v.dtype), np.empty(K, v.dtype)
+def dplr(one, qs, ks, vs, firsts, seconds, gs, starts, ys, ends, B, H, K, V):
+    q, k, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gs, (B, H, K))
+    a, b = at(one, firsts, (B, H, K)), at(one, seconds, (B, H, K))
+    v, y = at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    start, S = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    found, decays, seen = np.empty(V, v.dtype), np.empty(K, v.dtype), np.empty(K, v.dtype)
     fill(decays, 1.0)
-    for n in range(k.shape[0]):
-        for h in range(k.shape[1]):
-            late, early, new, out, along = q[n, h, 0], k[n, h, 0], v[n, h, 0], y[n, h, 0], b[n, h, 0]
-            if decayed:
-                rates = g[n, h, 0]
+    for n in range(B):
+        for h in range(H):
+            late, early, new, out, along = q[n, h], k[n, h], v[n, h], y[n, h], b[n, h]
+            if gs:
+                rates = g[n, h]
                 for i in range(K):
                     decays[i] = decay(rates[i])
-            read(a[n, h, 0], start[n, h], found)
             for i in range(K):
                 seen[i] = late[i] * decays[i]
-            read(seen, start[n, h], out)
+            _read_both(a[n, h], seen, start[n, h], found, out)
             _add(new, dot(late, early), out)
             _add(found, dot(late, along), out)
             write(start[n, h], S[n, h], found, early, new, along, decays)
 
 
 @jit
-def selective_scan(x, delta, A, squared, B, C, start, y, h):
-    """x, delta [B, 1, D]; A [D, N], or none where the decay is 1 − Δ B² (`squared`); B, C [B, 1, N]; h [B, D, N]."""
-    for b in range(x.shape[0]):
-        into, out_of = B[b, 0], C[b, 0]
-        for d in range(x.shape[2]):
-            step, before, now = delta[b, 0, d], start[b, d], h[b, d]
-            u = step * x[b, 0, d]
-            if squared:
-                for n in range(into.shape[0]):
-                    now[n] = (1 - step * into[n] * into[n]) * before[n] + u * into[n]
+def replacement_token(
+    one, qs, ks, vs, decay_logits, rate_logits, removals, replacements, bonuses, starts, ys, owns, ends, B, H, K, lowest
+):
+    """RWKV-7's recurrence from what it projects, all [B, H, K], and its parameters [H, K].
+
+    The log decay is `lowest`·σ of its logits; `owns` is what the present token answers by itself.
+    """
+    q, k, v = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, vs, (B, H, K))
+    slow, quick = at(one, decay_logits, (B, H, K)), at(one, rate_logits, (B, H, K))
+    removal, replacement, bonus = at(one, removals, (H, K)), at(one, replacements, (H, K)), at(one, bonuses, (H, K))
+    start, S = at(one, starts, (B, H, K, K)), at(one, ends, (B, H, K, K))
+    y, own = at(one, ys, (B, H, K)), at(one, owns, (B, H, K))
+    found, a, seen = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
+    removed, early, along = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
+    lowest = y.dtype.type(lowest)
+    for b in range(B):
+        for h in range(H):
+            late, new, out, self_read = q[b, h], v[b, h], y[b, h], own[b, h]
+            for i in range(K):
+                a[i] = decay(lowest * _sigmoid(slow[b, h, i]))
+            for i in range(K):
+                removed[i] = k[b, h, i] * removal[h, i]
+            by = y.dtype.type(1 / math.sqrt(dot(removed, removed) + 1e-12))
+            for i in range(K):
+                rate = _sigmoid(quick[b, h, i])
+                removed[i] *= -by
+                along[i] = -rate * removed[i]
+                early[i] = k[b, h, i] * (one + (rate - one) * replacement[h, i])
+                seen[i] = late[i] * a[i]
+            present = y.dtype.type(0)
+            for i in range(K):
+                present += late[i] * early[i] * bonus[h, i]
+            for d in range(K):
+                self_read[d] = present * new[d]
+            _read_both(removed, seen, start[b, h], found, out)
+            _add(new, dot(late, early), out)
+            _add(found, dot(late, along), out)
+            write(start[b, h], S[b, h], found, early, new, along, a)
+
+
+@jit
+def selective_scan(one, xs, deltas, rates, ins, outs, starts, ys, ends, B, D, N):
+    """x, delta, y [B, D]; rates [D, N], or absent where the decay is 1 − Δ b²; what goes in and out [B, N]."""
+    x, delta, y, rate = at(one, xs, (B, D)), at(one, deltas, (B, D)), at(one, ys, (B, D)), at(one, rates, (D, N))
+    into, out_of = at(one, ins, (B, N)), at(one, outs, (B, N))
+    start, h = at(one, starts, (B, D, N)), at(one, ends, (B, D, N))
+    for b in range(B):
+        new, late = into[b], out_of[b]
+        for d in range(D):
+            step, before, now = delta[b, d], start[b, d], h[b, d]
+            u = step * x[b, d]
+            if rates:
+                fastest = rate[d]
+                for n in range(N):
+                    now[n] = decay(step * fastest[n]) * before[n] + u * new[n]
             else:
-                rate = A[d]
-                for n in range(into.shape[0]):
-                    now[n] = decay(step * rate[n]) * before[n] + u * into[n]
-            y[b, 0, d] = dot(now, out_of)
+                for n in range(N):
+                    now[n] = (1 - step * new[n] * new[n]) * before[n] + u * new[n]
+            y[b, d] = dot(now, late)

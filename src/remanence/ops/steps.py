@@ -1,26 +1,30 @@
 """One token without gradients: what decoding asks of an op, in one compiled call each.
 
 As operations of PyTorch a step is a dozen of them, and each costs more than its arithmetic. Shapes are those of the
-op with a time axis of one; all tensors have one precision, and `worth` says whether that is so.
+op with a time axis of one; `worth` says whether a token is to be read so. What goes in is brought to the precision of
+what comes out.
 """
 
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from remanence.errors import ShapeError
+from remanence.ops.taps import watched
+from remanence.state import State
+
 STEP_FROM = 512
 """Numbers in a token from which the compiled form is worth what it loads: some 40 MB of libraries and code."""
 
 
 def worth(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a token is to take the compiled form: on the CPU, in one precision, no gradients asked for."""
-    if torch.is_grad_enabled() or not x.is_cpu or x.numel() < STEP_FROM:
+    """Whether a token is to take the compiled form: on the CPU, in one precision, no gradients asked for, unwatched."""
+    if torch.is_grad_enabled() or not x.is_cpu or x.numel() < STEP_FROM or watched():
         return False
     dtype = x.dtype
     for other in others:
@@ -39,77 +43,218 @@ class _Kernels:
 
 
 kernels = _Kernels()
+_ONE = {torch.float32: np.float32(1), torch.float64: np.float64(1)}
 
 
-@cache
-def _nothing(dtype: torch.dtype, axes: int) -> Any:
-    return np.empty((0,) * axes, str(dtype).removeprefix("torch."))
+def _run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> None:
+    """Call a kernel with where its tensors lie, in the precision of the last; an absent one lies nowhere."""
+    dtype = tensors[-1].dtype  # type: ignore[union-attr]
+    ready = [  # a copy must live until the kernel has read it
+        x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous() for x in tensors
+    ]
+    kernel(_ONE[dtype], *[0 if x is None else x.data_ptr() for x in ready], *how)
 
 
-def _array(x: Tensor) -> Any:
-    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+def _blank(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _maybe(x: Tensor | None, like: Tensor, axes: int) -> Any:
-    return _nothing(like.dtype, axes) if x is None else _array(x)
+def _fits(where: str, state: Tensor, *shape: int) -> None:
+    """A kernel reads whatever lies where it is told: a state of another shape must not reach it."""
+    if state.shape != shape:
+        raise ShapeError(f"{where}: the state must be {list(shape)}, got {list(state.shape)}.")
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     """y and the next tail."""
-    y, after = x.new_empty(x.shape), x.new_empty(tail.shape)
-    b = _maybe(bias, x, 1)
-    kernels.conv(_array(tail), _array(x), _array(weight), b, bias is not None, silu, y.numpy(), after.numpy())
+    (B, _, D), width = x.shape, weight.shape[1]
+    _fits("causal_conv", tail, B, width - 1, D)
+    y, after = _blank(x), _blank(tail)
+    _run(kernels.causal_conv, (tail, x, weight, bias, y, after), B, D, width, silu)
     return y, after
 
 
+PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
+"""What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
+
+
 def normalise(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, mean: bool, scale: float = 1.0
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    mean: bool = True,
+    scale: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    kind: int = SILU,
+    centred: bool = False,
+    heads: int = 1,
 ) -> Tensor:
-    width = x.shape[-1]
-    y = x.new_empty(x.shape)
-    w, g = _maybe(weight, x, 1), _nothing(x.dtype, 2) if gate is None else _array(gate).reshape(-1, width)
-    rows, share = _array(x).reshape(-1, width), (1 / width if mean else 1.0) / scale**2
-    eps = eps / scale**2
-    kernels.normalise(rows, w, weight is not None, g, gate is not None, share, eps, y.numpy().reshape(-1, width))
+    """`ops.normalise`, also of each of `heads` parts of the last axis, `centred` to mean 0, or with another gate."""
+    width, y = x.shape[-1] // heads, _blank(x)
+    groups = 1 if weight is None else weight.numel() // width
+    how = centred, kind if gate is not None else PLAIN, (1 / width if mean else 1.0) / scale**2, eps / scale**2
+    _run(kernels.normalise, (x, weight, bias, gate, y), x.numel() // width, width, groups, *how)
+    return y
+
+
+def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
+    """`memory.parts.rotate`: x [B, H, 1, K], start int64 [B], frequencies float64 [K/2]."""
+    (B, H, _, K), y = x.shape, _blank(x)
+    start, frequencies = start.contiguous(), frequencies.contiguous()
+    _fits("rotate", start, B)
+    _run(kernels.rotate, (x, y), start.data_ptr(), frequencies.data_ptr(), B, H, K)
     return y
 
 
 def scan(g: Tensor, b: Tensor, start: Tensor) -> Tensor:
     """The next h [B, D]."""
-    h = start.new_empty(start.shape)
-    kernels.scan(_array(g), _array(b), _array(start), h.numpy())
+    B, _, D = b.shape
+    _fits("scan", start, B, D)
+    h = _blank(start)
+    _run(kernels.scan, (g, b, start, h), B, D)
     return h
 
 
 def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
     """The next h [B, D] of a GRU or LSTM whose gates see only the input: z [B, 1, (gates + 1)·D] are all logits."""
-    h = start.new_empty(start.shape)
-    kernels.min_gru(_array(z), gates, _array(start), h.numpy())
+    h = _blank(start)
+    _run(kernels.min_gru, (z, start, h), *start.shape, gates)
     return h
+
+
+def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Each of the blocks of x [B, 1, blocks·size] times its matrix of weight [blocks, in, out]."""
+    (blocks, size, _), y = weight.shape, _blank(x)
+    _run(kernels.block_linear, (x, weight, bias, y), x.numel() // (blocks * size), blocks, size)
+    return y
 
 
 def rg_lru(u: Tensor, decay: Tensor, into: Tensor, rate: Tensor, empty: Tensor, start: Tensor) -> Tensor:
     """The next h [B, D] of the gated recurrence of bounded variance: logits `decay` and `into` [B, 1, D], rate [D]."""
-    h = start.new_empty(start.shape)
-    given = _array(u), _array(decay), _array(into), _array(rate), _array(empty), _array(start)
-    kernels.rg_lru(*given, h.numpy())
+    h = _blank(start)
+    _run(kernels.rg_lru, (u, decay, into, rate, empty, start, h), *start.shape)
     return h
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
-    y, S = v.new_empty(v.shape), start.new_empty(start.shape)
-    decays = 0 if g is None else g.ndim - 2
-    a = _maybe(g if g is None or decays == 2 else g[..., None], v, 4)
-    kernels.linear_attention(_array(q), _array(k), _array(v), a, decays, _array(start), y.numpy(), S.numpy())
+    (B, H, _, K), V = k.shape, v.shape[3]
+    _fits("linear_attention", start, B, H, K, V)
+    y, S = _blank(v), _blank(start)
+    decays = 0 if g is None else 1 if g.ndim == 3 else K
+    _run(kernels.linear_attention, (q, k, v, g, start, y, S), B, H, K, V, decays)
     return y, S
+
+
+def outer_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    *,
+    features: int = PLAIN,
+    scale: float = 1.0,
+    key_scale: float = 1.0,
+    fixed: Tensor | None = None,
+    chosen: Tensor | None = None,
+    temper: float = 1.0,
+    mean: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_attention` from what a layer projects, which saves the operations in between.
+
+    Queries times `scale` and keys times `key_scale` pass `features`. Log decays are `fixed` [H], or log σ of the
+    logits `chosen` [B, 1, H·K] over `temper`. With `mean` each answer is divided by its last column, that of a value
+    of 1, + `mean`.
+
+    Shapes: q, k [B, 1, H·K], v [B, 1, H·V], or these by head, start [B, H, K, V] (V + 1 with `mean`)
+    -> y [B, H, 1, V] and the next state.
+    """
+    B, H, K, columns = start.shape
+    V = columns if mean is None else columns - 1
+    y, S = v.new_empty(B, H, 1, V), _blank(start)
+    forget = 1 if fixed is not None else 2 if chosen is not None else 0
+    how = features, float(scale), float(key_scale), forget, float(temper), mean is not None, float(mean or 0)
+    _run(kernels.outer_token, (q, k, v, chosen if fixed is None else fixed, start, y, S), B, H, K, V, *how)
+    return y, S
+
+
+def read_before_write(
+    r: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y = rᵀ (S + Diag(bonus) k vᵀ), and S = Diag(exp g) S + k vᵀ only then: r, k, g [B, H, 1, K], bonus [H, 1, K]."""
+    (B, H, _, K), V = k.shape, v.shape[3]
+    _fits("read_before_write", start, B, H, K, V)
+    y, S = _blank(v), _blank(start)
+    _run(kernels.read_before_write, (r, k, v, g, bonus, start, y, S), B, H, K, V)
+    return y, S
+
+
+def state_space_token(
+    mixed: Tensor,
+    z: Tensor,
+    step: Tensor,
+    bias: Tensor,
+    rate: Tensor,
+    skip: Tensor,
+    groups: int,
+    limit: tuple[float, float],
+    start: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2's recurrence from what a layer projects, read through its skip and gated by SiLU(z).
+
+    Shapes: mixed [B, 1, H·V + 2·groups·K] (values, keys, queries), z and y [B, 1, H·V], step [B, 1, H] (logits),
+    bias, rate (a logarithm) and skip [H], start [B, H, K, V].
+    """
+    B, H, K, V = start.shape
+    y, S = _blank(z), _blank(start)
+    given = mixed, z, step, bias, rate, skip, start, y, S
+    _run(kernels.state_space_token, given, B, H, groups, K, V, float(limit[0]), float(limit[1]))
+    return y, S
+
+
+def exponential_token(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: State, cap: float | None, eps: float
+) -> tuple[Tensor, State]:
+    """`expgate` from what a layer projects: queries to be scaled, gates [B, 1, 2H] (write, forget) to be capped.
+
+    Shapes: q, k [B, 1, H·K], v and y [B, 1, H·V], the state that of `expgate`.
+    """
+    C, n, m = state["C"], state["n"].double().contiguous(), state["m"].double().contiguous()
+    y, S, count, top = _blank(v), _blank(C), _blank(n), _blank(m)
+    exact = n.data_ptr(), count.data_ptr(), m.data_ptr(), top.data_ptr()
+    _run(kernels.exponential_token, (q, k, v, gates, C, y, S), *exact, *C.shape, float(cap or 0), eps)
+    return y, {"C": S, "n": count, "m": top}
+
+
+def softmax_scan(
+    score: Tensor, value: Tensor, log_decay: Tensor | None, bonus: Tensor | None, state: State
+) -> tuple[Tensor, State]:
+    B, _, D = score.shape
+    w, u, m = state["w"], state["u"], state["m"].double().contiguous()
+    for held in (w, u, m):
+        _fits("softmax_scan", held, B, D)
+    y, new_w, new_u, top = _blank(value), _blank(w), _blank(u), _blank(m)
+    given = score, value, log_decay, bonus, w, u, y, new_w, new_u
+    _run(kernels.softmax_scan, given, m.data_ptr(), top.data_ptr(), B, D)
+    return y, {"w": new_w, "u": new_u, "m": top}
+
+
+def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> Tensor:
+    """x + (last − x) ⊙ mix: x [B, 1, D], last [B, D], mix [n, D] or one for each row, [n, B, 1, D] -> [n, B, 1, D]."""
+    (B, _, D), blends = x.shape, mix.shape[0]
+    y = x.new_empty(blends, B, 1, D)
+    _run(kernels.token_shift, (x, last, mix, y), blends, B, D, mix.numel() > blends * D)
+    return y
 
 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    y, S = v.new_empty(v.shape), start.new_empty(start.shape)
-    given = _array(q), _array(k), _array(v), _array(beta), _maybe(g, v, 3), g is not None, _array(start)
-    kernels.gated_delta_rule(*given, y.numpy(), S.numpy())
+    (B, H, _, K), V = k.shape, v.shape[3]
+    _fits("gated_delta_rule", start, B, H, K, V)
+    y, S = _blank(v), _blank(start)
+    _run(kernels.gated_delta_rule, (q, k, v, beta, g, start, y, S), B, H, K, V)
     return y, S
 
 
@@ -122,37 +267,65 @@ def gated_delta_token(
     step: Tensor | None = None,
     rate: Tensor | None = None,
     bias: Tensor | None = None,
+    bound: float | None = None,
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule from what a layer projects, which saves the dozen operations in between.
 
-    Queries and keys are brought to unit length, and queries scaled by K^{-1/2}; β is `most`·σ of its logits, the log
-    decay −exp(`rate`)·softplus(`step` + `bias`) where there is one. Heads of queries and keys serve several values.
+    Queries and keys are brought to unit length, and queries scaled by K^{-1/2}; β is `most`·σ of its logits. The log
+    decay, where there is one, is −exp(`rate`)·softplus(`step` + `bias`), or `bound`·σ(exp(`rate`)·(`step` + `bias`)).
+    Heads of queries and keys serve several values.
 
-    Shapes: mixed [B, 1, 2·heads·K + M·V], beta and step [B, 1, M], rate and bias [M], start [B, M, K, V]
-    -> y [B, M, 1, V] and the next state.
+    Shapes: mixed [B, 1, 2·heads·K + M·V], beta [B, 1, M], step [B, 1, M] or [B, 1, M·K], bias alike, rate [M],
+    start [B, M, K, V] -> y [B, M, 1, V] and the next state.
     """
-    y, S = start.new_empty(*start.shape[:2], 1, start.shape[3]), start.new_empty(start.shape)
-    decay = _maybe(step, start, 3), _maybe(rate, start, 1), _maybe(bias, start, 1), step is not None
-    given = _array(mixed), heads, _array(beta), float(most), *decay, eps, _array(start)
-    kernels.gated_delta_token(*given, y.numpy(), S.numpy())
+    B, M, K, V = start.shape
+    decays = 0 if step is None else step.shape[2] // M
+    y, S = start.new_empty(B, M, 1, V), _blank(start)
+    given = mixed, beta, step, rate, bias, start, y, S
+    _run(kernels.gated_delta_token, given, B, heads, M, K, V, decays, float(bound or 0), float(most), eps)
     return y, S
 
 
 def dplr(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    y, S = v.new_empty(v.shape), start.new_empty(start.shape)
-    given = *(_array(x) for x in (q, k, v, a, b)), _maybe(g, v, 4), g is not None, _array(start)
-    kernels.dplr(*given, y.numpy(), S.numpy())
+    (B, H, _, K), V = k.shape, v.shape[3]
+    _fits("dplr", start, B, H, K, V)
+    y, S = _blank(v), _blank(start)
+    _run(kernels.dplr, (q, k, v, a, b, g, start, y, S), B, H, K, V)
     return y, S
+
+
+def replacement_token(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    rate: Tensor,
+    removal: Tensor,
+    replacement: Tensor,
+    bonus: Tensor,
+    lowest: float,
+    start: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RWKV-7's recurrence from what a layer projects: y, the token's own answer, both as v, and the next state.
+
+    Shapes: r, k, v and the logits of decay and rate [B, 1, H·K]; removal, replacement and bonus [H·K] in any shape.
+    """
+    B, H, K, _ = start.shape
+    y, own, S = _blank(v), _blank(v), _blank(start)
+    given = r, k, v, decay, rate, removal, replacement, bonus, start, y, own, S
+    _run(kernels.replacement_token, given, B, H, K, lowest)
+    return y, own, S
 
 
 def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    y, h = x.new_empty(x.shape), start.new_empty(start.shape)
-    given = _array(x), _array(delta), _maybe(A, x, 2), A is None, _array(B), _array(C), _array(start)
-    kernels.selective_scan(*given, y.numpy(), h.numpy())
+    (batch, _, D), N = x.shape, B.shape[2]
+    _fits("selective_scan", start, batch, D, N)
+    y, h = _blank(x), _blank(start)
+    _run(kernels.selective_scan, (x, delta, A, B, C, start, y, h), batch, D, N)
     return y, h
