@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from remanence.memory.atlas import OmegaDelta, OmegaNet
 from remanence.memory.fast_weight import KEPT, OPTIMIZERS, STRUCTURES, FastWeightMemory
 from remanence.ops.fast_weight import READS
 from remanence.ops.objectives import OBJECTIVES
@@ -56,3 +57,25 @@ def test_every_combination_runs_and_resumes_or_names_two_answers(structure, rete
                 assert all((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()) for a, b in pairs if a.numel()), answers
             ran += 1
     assert ran > 0 or structure == "vector"
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"objective": "huber"}, "objective must be 'squared', .* got 'huber'"),
+        ({"retention": "softmax"}, "retention must be 'none' or 'decay', .* got 'softmax'"),
+        ({"read": "before"}, "read must be 'after'"),
+        ({"gates": "channel"}, "gates must be 'head'"),
+    ],
+)
+def test_the_exact_omega_rule_says_which_answers_it_has(answers, said):
+    with pytest.raises(ValueError, match=f"OmegaDelta: {said}"):
+        OmegaDelta(8, heads=2, **answers)
+
+
+def test_gates_of_channels_and_lifted_keys():
+    with pytest.raises(ValueError, match="gates 'channel' are of the values' features, lifted keys have others"):
+        OmegaNet(8, heads=2, gates="channel")
+    x = torch.randn(1, 5, 8)
+    for answers in ({"degree": None}, {"structure": "matrix"}):
+        assert OmegaNet(8, heads=2, expand=1, gates="channel", **answers)(x)[0].isfinite().all()
