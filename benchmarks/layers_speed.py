@@ -4,8 +4,10 @@
     python benchmarks/layers_speed.py --peers              # and those of transformers (pip install transformers)
     python benchmarks/layers_speed.py --memory mamba gla   # only these
     python benchmarks/layers_speed.py --pairs              # each peer beside our layer of the same kind and size
+    python benchmarks/layers_speed.py --pairs --only MiniMax softmax    # the pairs with one of these in a name
 
-Width 512, float32. Each figure is from a process of its own, the shortest of several runs. *Share* is the FLOPs of
+Width 512, float32. Each figure is from a process of its own, the shortest of several runs, but for layers that take ten
+seconds for one; who takes more than --seconds in all has no figure. *Share* is the FLOPs of
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
 and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
 and its input: activations, what is kept for the gradients, and the gradients themselves.
@@ -58,6 +60,8 @@ PAIRS = {
     "torch.nn.GRU": "min-lstm-gru",
 }
 """Each peer, and which of ours does its work."""
+SLOW = 10.0
+"""Seconds that a pass is expected to take, from which one pass has to do."""
 
 
 def first(y: Any) -> Tensor:
@@ -151,12 +155,19 @@ def peers() -> dict[str, Callable[[], nn.Module]]:
     }  # fmt: skip
 
 
-def peak_memory(run: Callable[[], object]) -> float:
-    """Bytes by which this process grows while it runs for the second time, at its peak.
+def give_back_from(size: int) -> None:
+    """Blocks of so many bytes come from the system from here on, and go back to it when they are free.
 
-    The first time brings the libraries' own buffers; what is free is then given back to the system.
+    Then the holes between the blocks of an allocator, which differ from run to run, are not counted as a layer's.
     """
-    run()
+    with contextlib.suppress(OSError, AttributeError):  # not the GNU C library
+        library = ctypes.CDLL(None)
+        library.mallopt(-3, size)
+        library.mallopt(-1, 2 * size)  # of what is free at the heap's end
+
+
+def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
+    """Bytes by which this process grows while it runs, at its peak, and the seconds that it took."""
     with contextlib.suppress(OSError, AttributeError):  # not the GNU C library
         ctypes.CDLL(None).malloc_trim(0)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -164,16 +175,18 @@ def peak_memory(run: Callable[[], object]) -> float:
     def kilobytes(field: str) -> int:
         return int(status.read_text().split(f"{field}:")[1].split()[0])
 
+    start = time.perf_counter()
     try:
         before = kilobytes("VmRSS")
         reset.write_text("5")  # the peak begins anew, else what compiling took would hide what the pass takes
+        start = time.perf_counter()
         run()
-        return (kilobytes("VmHWM") - before) * 1024
+        return (kilobytes("VmHWM") - before) * 1024, time.perf_counter() - start
     except OSError:  # not Linux
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
         unit = 1 if sys.platform == "darwin" else 1024
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, time.perf_counter() - start
 
 
 def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
@@ -200,11 +213,20 @@ def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
     def once() -> None:
         torch.autograd.grad(first(layer(x)), weights, up, allow_unused=True)
 
-    little = torch.randn(1, 128, WIDTH)
-    torch.autograd.grad(first(layer(little)).sum(), weights[1:], allow_unused=True)  # loads what is loaded only once
+    def little() -> None:
+        torch.autograd.grad(first(layer(x[:1, :128])).sum(), weights[1:], allow_unused=True)
+
+    give_back_from(2**20)
+    little()  # loads what is loaded only once
     peak = 2 * 2048**3 / clock(lambda: torch.mm(a, a, out=out), 5, 2)
-    extra = peak_memory(once)
-    tokens = batch * time_steps / clock(once, 5, 4)
+    slow = clock(little, 2, 2) * batch * time_steps / 128 > SLOW
+    if not slow:
+        once()
+    extra, seconds = peak_memory(once)
+    if not slow:
+        give_back_from(2**25)  # what the GNU C library comes to by itself
+        seconds = clock(once, 5, 4)
+    tokens = batch * time_steps / seconds
     peak = max(peak, 2 * 2048**3 / clock(lambda: torch.mm(a, a, out=out), 5, 2))
     flops = 6 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
     return {"tokens": tokens, "share": flops * tokens / peak, "extra": extra, "peak": peak}
@@ -246,8 +268,9 @@ def main() -> None:
     ask.add_argument("--memory", nargs="+", help="only these (default: every memory of the catalogue)")
     ask.add_argument("--peers", action="store_true", help="also the layers of transformers")
     ask.add_argument("--pairs", action="store_true", help="each peer, ours of its kind, and their ratios")
+    ask.add_argument("--only", nargs="+", help="of the pairs, those with one of these words in either name")
     ask.add_argument("--quick", action="store_true", help="batch 1, 2,048 tokens only")
-    ask.add_argument("--seconds", type=float, default=300, help="that a layer may take at one size")
+    ask.add_argument("--seconds", type=float, default=90, help="that a layer may take at one size")
     ask.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = ask.parse_args()
     if given.one:
@@ -263,6 +286,8 @@ def main() -> None:
         print("|---|" + "---:|" * len(sizes) + "---|" + "---:|" * (len(sizes) + 1))
         known: dict[str, list[dict[str, float] | str]] = {}
         for peer, own in PAIRS.items():
+            if given.only and not any(word.lower() in name.lower() for word in given.only for name in (peer, own)):
+                continue
             theirs = measured(peer, sizes, given.seconds)
             ours = known[own] = known.get(own) or measured(own, sizes, given.seconds)
             ratios = "; ".join(map(ratio, ours, theirs))
