@@ -216,18 +216,20 @@ def _scaled(R, x, first, second, out):
 
 
 @jit
-def _read(P, C, R, kind, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
-    """What the queries, the inputs of Z's first layer, find: the outputs Q of every layer."""
+def _read(P, C, R, kind, met, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
+    """What the queries, the inputs of Z's first layer, find: the outputs Q of every layer. met: Q is known already."""
     L = P.shape[0] - 1
     for l in range(L):
-        z, q = _at(Z, P[l, 3], C, P[l, 0]), _at(Q, P[l, 4], C, P[l, 1])
-        both = _at(ZZ, R * P[l, 3], C, R * P[l, 0])
+        z, both = _at(Z, P[l, 3], C, P[l, 0]), _at(ZZ, R * P[l, 3], C, R * P[l, 0])
         _scaled(R, z, retain, push, both)
-        gemm(1.0, both, False, _at(W, P[l, 2], P[l, 1], R * P[l, 0]), True, 0.0, q)
-        gemm(1.0, z, False, _at(X, P[l, 3], C, P[l, 0]), True, 0.0, scores)
-        multiply(scores, M, scores)
-        gemm(-1.0, scores, False, _at(D, P[l, 4], C, P[l, 1]), False, 1.0, q)
+        if not met:
+            q = _at(Q, P[l, 4], C, P[l, 1])
+            gemm(1.0, both, False, _at(W, P[l, 2], P[l, 1], R * P[l, 0]), True, 0.0, q)
+            gemm(1.0, z, False, _at(X, P[l, 3], C, P[l, 0]), True, 0.0, scores)
+            multiply(scores, M, scores)
+            gemm(-1.0, scores, False, _at(D, P[l, 4], C, P[l, 1]), False, 1.0, q)
         if l < L - 1:
+            q = _at(Q, P[l, 4], C, P[l, 1])
             gelu(kind, q, _at(Z, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
 
 
@@ -383,7 +385,7 @@ def forward(
             else:
                 asked, found = _at(Z, 0, C, P[0, 0]), _at(Q, P[L - 1, 4], C, out)
                 _take(q, q_at, b, h, t, widths[0], turn, asked)
-                _read(P, C, R, kind, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, Q, GQ, scores)
+                _read(P, C, R, kind, False, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, Q, GQ, scores)
                 copy_row(Q, seen[r, c])
             _finish(norm[r], residual, asked, found, rows[1], inverse, target)
             put(y, y_at, b, h, t, target)
@@ -667,21 +669,19 @@ def backward(
                 fill(d_M[i], 0.0)
             _carry_backward(P, C, R, kepts[g], M[C], tails, W, X, D, wide, d_W, d_X, d_D, d_M[C], d_tails, d_kept)
             take(d_read, d_y, d_y_at, b, h, t)
+            outputs = hidden
+            if reads != ANCHOR:
+                outputs = seen[r, c] if L > 1 else curve
+                _take(q, q_at, b, h, t, widths[0], turn, z)
+                _read(
+                    P, C, R, kind, L > 1, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, outputs, GQ, scores
+                )  # fmt: skip
             if norm.shape[1]:
-                found = _at(hidden, P[L - 1, 4], N, out)[C:] if met else _at(seen[r, c], P[L - 1, 4], C, out)
+                found = _at(outputs, P[L - 1, 4], N, out)[N - C :]
                 _finish_backward(norm[r], found, q_unit, q_inverse, d_read, d_found, d_norm[r])
             else:
                 copy(d_read, d_found)
             if reads != ANCHOR:
-                _take(q, q_at, b, h, t, widths[0], turn, z)
-                for l in range(L):
-                    layer = _at(Z, P[l, 3], C, P[l, 0])
-                    _scaled(R, layer, A[reads:], F[reads:], _at(ZZ, R * P[l, 3], C, R * P[l, 0]))
-                    if l < L - 1:
-                        gelu(
-                            kind, _at(seen[r, c], P[l, 4], C, P[l, 1]), _at(Z, P[l + 1, 3], C, P[l + 1, 0]),
-                            _at(GQ, P[l, 4], C, P[l, 1]),
-                        )  # fmt: skip
                 _read_backward(
                     P, C, R, A[reads:], F[reads:], W, X, D, M[reads:], Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D,
                     d_M[reads:], d_Z, d_Q, d_A[reads:], d_F[reads:],

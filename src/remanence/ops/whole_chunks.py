@@ -93,7 +93,8 @@ class _Compiled(torch.autograd.Function):
         y, end = blank(value, 3), torch.empty_like(start, memory_format=torch.contiguous_format)
         chunks, anchored, normed = T // form.chunk_size, form.read == "anchor", tensors[8] is not None
         befores = start.new_empty(B * H, -(-chunks // every(form)), start.shape[2])
-        met = sum(widths[1:-1]) * (1 + anchored) + widths[-1] * (anchored + normed)
+        last = anchored + (normed and (anchored or len(widths) > 2))  # one layer is read again for its gradient
+        met = sum(widths[1:-1]) * (1 + anchored) + widths[-1] * last
         hidden = start.new_empty(B * H, chunks, form.chunk_size * met)
         arguments, work = _arguments(form, widths, tensors), query.numel() * form.chunk_size
         outputs = *flat(y, 3), befores.numpy(), hidden.numpy(), rows(end)
@@ -124,7 +125,7 @@ class _Compiled(torch.autograd.Function):
         return None, None, None, *outs, None if norm is None else d_norm, d_start.view_as(start)
 
 
-EVERY, SPAN = 4, 128
+EVERY, SPAN = 4, 256
 """Chunks, or tokens if that is more, from one kept state to the next: those between are made again for the gradient."""
 
 
