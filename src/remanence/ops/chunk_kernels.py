@@ -17,6 +17,10 @@ LEAST = 8
 """Tokens below which halving a chunk stops and its pairs are taken one by one."""
 
 
+EVERY = 4
+"""Chunks for which one state is kept: the others are made again."""
+
+
 @jit
 def take(out, x, at, b, h, first):
     """Copy rows `first`, `first` + 1, … of head h of x into out [n, width]."""

@@ -122,12 +122,13 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import delta_kernels as kernels
+        from remanence.ops.chunk_kernels import EVERY
         from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         B, H, T, K = k.shape
         V = v.shape[3]
         y, end = blank(v, 3), v.new_empty(B, H, K, V)
-        errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // size), K, V)
+        errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // (size * EVERY)), K, V)
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), errors.numpy(), befores.numpy(), rows(end)
         spread_products(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)

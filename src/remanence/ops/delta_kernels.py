@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from remanence.ops.chunk_kernels import (
+    EVERY,
     NONE,
     add,
     carry,
@@ -83,16 +84,22 @@ def solve_transposed(A, X, buffer, owed):
 
 
 @jit
+def _strengthen(keys, ws, b, h, t, beta, beta_at):
+    """w = β k."""
+    origin = b * beta_at[0] + h * beta_at[1] + t * beta_at[2]
+    for i in range(ws.shape[0]):
+        row, key, strength = ws[i], keys[i], beta[origin + i * beta_at[2]]
+        for d in range(row.shape[0]):
+            row[d] = strength * key[d]
+
+
+@jit
 def _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between):
     """Fill `both` with queries over keys, `written` with β k, and `scores` with P over A."""
     readers, ws = both[: 2 * n], written[:n]
     take(readers[:n], q, q_at, b, h, t)
     take(readers[n:], k, k_at, b, h, t)
-    origin = b * beta_at[0] + h * beta_at[1] + t * beta_at[2]
-    for i in range(n):
-        row, key, strength = ws[i], readers[n + i], beta[origin + i * beta_at[2]]
-        for d in range(row.shape[0]):
-            row[d] = strength * key[d]
+    _strengthen(readers[n:], ws, b, h, t, beta, beta_at)
     M = matrix(scores, 2 * n, n)
     product(readers, ws.T, M)
     multiply_scores(M, between)
@@ -125,8 +132,9 @@ def forward(
     for r in range(first, last):
         b, h = r // H, r % H
         copy(start[r], S)
-        for c in range(befores.shape[1]):
-            copy(S, befores[r, c])
+        for c in range(-(-T // C)):
+            if c % EVERY == 0:
+                copy(S, befores[r, c // EVERY])
             t, n = c * C, min(C, T - c * C)
             if kind != NONE or n != known:
                 take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
@@ -165,24 +173,35 @@ def backward(
     d_errors, more, d_over = np.empty((C, V), dtype), np.empty((C, V), dtype), np.empty(K, dtype)
     d_S, new = np.empty((K, V), dtype), np.empty((K, V), dtype)
     buffer, owed = np.empty(C * C, dtype), np.empty((C, V), dtype)
-    known = 0
+    states = np.empty((EVERY + 1, K, V), dtype)  # before each of the chunks that share a state, and after the last
+    known, chunks = 0, -(-T // C)
     for r in range(first, last):
         b, h = r // H, r % H
         copy(d_start[r], d_S)
-        after = end[r]
-        for c in range(befores.shape[1] - 1, -1, -1):
+        copy(end[r], states[(chunks - 1) % EVERY + 1])
+        for c in range(chunks - 1, -1, -1):
+            if c == chunks - 1 or c % EVERY == EVERY - 1:
+                if c < chunks - 1:
+                    copy(states[0], states[EVERY])
+                copy(befores[r, c // EVERY], states[0])
+                for e in range(c // EVERY * EVERY, c):
+                    ws, here = written[:C], states[e % EVERY + 1]
+                    if kind != NONE or known != C:
+                        take_decays(kind, C, g, g_at, b, h, e * C, single, from_start, to_end, between)
+                        known = C
+                    take(ws, k, k_at, b, h, e * C)
+                    _strengthen(ws, ws, b, h, e * C, beta, beta_at)
+                    multiply(ws, to_end, ws)
+                    product(ws.T, errors[r, e * C : (e + 1) * C], new)
+                    copy(states[e % EVERY], here)
+                    carry(here, from_start[C - 1], new)
             t, n = c * C, min(C, T - c * C)
             if kind != NONE or n != known:
                 take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
                 known = n
             _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between)
-            readers, ws, M, F, S = (
-                both[: 2 * n],
-                written[:n],
-                matrix(scores, 2 * n, n),
-                errors[r, t : t + n],
-                befores[r, c],
-            )
+            readers, ws, M, F = both[: 2 * n], written[:n], matrix(scores, 2 * n, n), errors[r, t : t + n]
+            S, after = states[c % EVERY], states[c % EVERY + 1]
             d_readers, d_ws, dF, dM, Z = (
                 d_both[: 2 * n],
                 d_written[:n],
@@ -235,5 +254,4 @@ def backward(
             multiply(readers[n:], from_start, readers[n:])
             product(readers.T, Z, new)
             carry(d_S, from_start[n - 1], new)
-            after = S
         copy(d_S, d_start[r])

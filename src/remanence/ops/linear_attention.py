@@ -119,12 +119,15 @@ class _Compiled(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import linear_attention_kernels as kernels
+        from remanence.ops.chunk_kernels import EVERY, PER_KEY
         from remanence.ops.compiled import blank, flat, flat_or_none, rows, spread_products
 
         B, H, T, K = k.shape
         y, end = blank(v, 3), v.new_empty(B, H, K, v.shape[3])
-        befores = v.new_empty(B * H, -(-T // size), K, v.shape[3])
-        how = H, T, size, 0 if g is None else g.ndim - 2
+        kind = 0 if g is None else g.ndim - 2
+        every = 1 if kind == PER_KEY else EVERY  # whose decays take longer to make again
+        befores = v.new_empty(B * H, -(-T // (size * every)), K, v.shape[3])
+        how = H, T, size, every, kind
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), befores.numpy(), rows(end)
         spread_products(kernels.forward, B * H, k.numel(), *how, *inputs, *outputs)

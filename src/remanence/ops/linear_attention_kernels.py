@@ -34,7 +34,7 @@ from remanence.ops.compiled import jit
 
 
 @jit
-def forward(first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, g, g_at, start, y, y_at, befores, end):
+def forward(first, last, H, T, C, every, kind, q, q_at, k, k_at, v, v_at, g, g_at, start, y, y_at, befores, end):
     K, V = start.shape[1:]
     dtype = q.dtype
     single, from_start, to_end = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((C, K), dtype)
@@ -47,8 +47,9 @@ def forward(first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, g, g_at, star
     for r in range(first, last):
         b, h = r // H, r % H
         copy(start[r], S)
-        for c in range(befores.shape[1]):
-            copy(S, befores[r, c])
+        for c in range(-(-T // C)):
+            if c % every == 0:
+                copy(S, befores[r, c // every])
             t, n = c * C, min(C, T - c * C)
             qs, ks, vs, P = queries[:n], keys[:n], below[C - n : C], matrix(scores, n, n)
             beside = matrix(wide, n, n + K)
@@ -75,7 +76,7 @@ def forward(first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, g, g_at, star
 
 @jit
 def backward(
-    first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, g, g_at, befores, end, d_y, d_y_at,
+    first, last, H, T, C, every, kind, q, q_at, k, k_at, v, v_at, g, g_at, befores, end, d_y, d_y_at,
     d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_g, d_g_at, d_start,
 ):  # fmt: skip
     K, V = end.shape[1:]
@@ -86,16 +87,32 @@ def backward(
     d_queries, d_keys, d_values = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((C, V), dtype)
     other, more, d_over = np.empty((C, K), dtype), np.empty((C, V), dtype), np.empty(K, dtype)
     d_outs, d_S, new = np.empty((C, V), dtype), np.empty((K, V), dtype), np.empty((K, V), dtype)
-    known = 0
+    states = np.empty((every + 1, K, V), dtype)  # before each of the chunks that share a state, and after the last
+    known, chunks = 0, -(-T // C)
     for r in range(first, last):
         b, h = r // H, r % H
         copy(d_start[r], d_S)
-        after = end[r]
-        for c in range(befores.shape[1] - 1, -1, -1):
+        copy(end[r], states[(chunks - 1) % every + 1])
+        for c in range(chunks - 1, -1, -1):
+            if c == chunks - 1 or c % every == every - 1:
+                if c < chunks - 1:
+                    copy(states[0], states[every])
+                copy(befores[r, c // every], states[0])
+                for e in range(c // every * every, c):
+                    ks, vs, here = keys[:C], values[:C], states[e % every + 1]
+                    take(ks, k, k_at, b, h, e * C)
+                    take(vs, v, v_at, b, h, e * C)
+                    if kind != NONE or known != C:
+                        take_decays(kind, C, g, g_at, b, h, e * C, single, from_start, to_end, between)
+                        known = C
+                    multiply(ks, to_end, ks)
+                    product(ks.T, vs, new)
+                    copy(states[e % every], here)
+                    carry(here, from_start[C - 1], new)
             t, n = c * C, min(C, T - c * C)
             qs, ks, vs, d_ys, P = queries[:n], keys[:n], values[:n], d_outs[:n], matrix(scores, n, n)
             d_qs, d_ks, d_vs = d_queries[:n], d_keys[:n], d_values[:n]
-            S = befores[r, c]
+            S, after = states[c % every], states[c % every + 1]
             take(qs, q, q_at, b, h, t)
             take(ks, k, k_at, b, h, t)
             take(vs, v, v_at, b, h, t)
@@ -140,5 +157,4 @@ def backward(
             multiply(qs, from_start, qs)
             product(qs.T, d_ys, new)
             carry(d_S, from_start[n - 1], new)
-            after = S
         copy(d_S, d_start[r])
