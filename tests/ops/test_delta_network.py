@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from remanence.errors import ShapeError
 from remanence.ops.delta import gated_delta_rule_reference
 from remanence.ops.delta_network import delta_network, delta_network_reference
 from remanence.ops.inner_network import fast_weight_read
+
+module = sys.modules[delta_network.__module__]
 
 
 def draw(T, layers=2, residual=False, seed=0, K=5, V=None):
@@ -45,6 +49,16 @@ def test_all_at_once_is_one_by_one(T, layers, residual, dot):
     close(y, want)
     close(after, want_after)
     close(grads(y, after, leaves), grads(want, want_after, leaves))
+
+
+def test_pieces_hand_on_their_weights(monkeypatch):
+    inputs, anchor, weights = draw(9)
+    leaves = [*inputs, *anchor, *weights]
+    whole = delta_network(*inputs, anchor, weights, bound=0.1)
+    monkeypatch.setattr(module, "PIECE", 4)
+    pieces = delta_network(*inputs, anchor, weights, bound=0.1)
+    close(pieces, whole)
+    close(grads(*pieces, leaves), grads(*whole, leaves))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 4, 9])

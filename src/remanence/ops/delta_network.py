@@ -7,7 +7,7 @@ $$y_t = f(W_{t-1}, q_t),\quad W_{1,t} = W_{1,t-1}(a_t I - θ_t k_t k_t^\top) - �
   W_{l,t} = a_t W_{l,t-1} - θ_t ∇_l ℓ(W_ξ; k_t, v_t).$$
 
 Gradients of one anchor are outer products $δ x^\top$, so the first layer is a gated delta rule whose value is $-δ$, and
-the others are linear attentions with decay.
+the others are linear attentions with decay: within a piece all of them are a few products of matrices.
 
 Source: Nested Learning (2025), arXiv:2512.24695, on self-modifying Titans; the form as delta rule is derived here.
 """
@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import expect
+from remanence.ops.chunk_rule import momentum_coefficients, shifted
 from remanence.ops.decay import floored
-from remanence.ops.delta import gated_delta_rule
 from remanence.ops.inner_network import Weights, fast_weight_read, inner_gradient
-from remanence.ops.linear_attention import linear_attention
+from remanence.ops.unit_solve import unit_solve
+
+PIECE = 64
+"""Tokens whose effect on each other is held as one matrix."""
 
 
 def delta_network_reference(
@@ -92,31 +95,40 @@ def delta_network(
         return (None if query is None else value), weights
     if dot:  # −v is the error of this value
         value = value + fast_weight_read(key, anchor, residual=residual)
-    inputs, deltas = inner_gradient(key, value, anchor, residual)
-    if bound is not None and not dot:
-        squares = [_square(x) * _square(d) for x, d in zip(inputs, deltas, strict=True)]
-        step = torch.minimum(step, bound * _square(deltas[-1]) / (torch.stack(squares).sum(0) + 1e-12))
-    retain_log = floored(retain_log)
-    a, total, z, after = retain_log.exp(), retain_log.sum(-1).exp()[..., None, None], query, []
+    y, read = [], query is not None
+    for t in range(0, T, PIECE):
+        now = slice(t, t + PIECE)
+        q, k, v = (None if x is None else x[:, :, now] for x in (query, key, value))
+        assert k is not None
+        assert v is not None
+        inputs, deltas = inner_gradient(k, v, anchor, residual)
+        theta, a_log = step[:, :, now], floored(retain_log[:, :, now])
+        if bound is not None and not dot:
+            squares = [_square(x) * _square(d) for x, d in zip(inputs, deltas, strict=True)]
+            theta = torch.minimum(theta, bound * _square(deltas[-1]) / (torch.stack(squares).sum(0) + 1e-12))
+        z, weights = _learned(q, inputs, deltas, theta, a_log, weights)
+        if q is not None and z is not None:
+            y.append(q + z if residual else z)
+    return torch.cat(y, 2) if read else None, weights
+
+
+def _learned(
+    z: Tensor | None, inputs: Weights, deltas: Weights, step: Tensor, retain_log: Tensor, weights: Weights
+) -> tuple[Tensor | None, Weights]:
+    """What z reads of each token's weights, before it is written, and the weights after the last token.
+
+    Every layer gains θ f xᵀ and decays: f is −δ, and in the first layer also what its weights said to the key, which is
+    linear in the f of earlier tokens.
+    """
+    rule = momentum_coefficients(step, retain_log, None)
+    before, after = shifted(rule), []
+    keep, last = before.retain[..., None], rule.write[..., -1, :, None]
     for depth, (x, delta, W) in enumerate(zip(inputs, deltas, weights, strict=True)):
+        f = -delta if depth else unit_solve(before.write * (x @ x.mT), -delta - keep * (x @ W.mT))
+        after.append(rule.retain[..., -1, None, None] * W + (last * f).mT @ x)
         if z is not None:
             z = F.gelu(z) if depth else z
-        ahead = x if z is None else torch.cat([z[:, :, 1:], z[:, :, :1]], 2)  # a read comes before its token's write
-        if depth == 0:
-            # the rule decays first; the error that it would see after the decay is scaled back
-            y, S = gated_delta_rule(ahead, x, -a[..., None] * delta, step / a, retain_log, {"S": W.mT})
-            after.append(S["S"].mT)
-        elif z is not None:
-            y, S = linear_attention(ahead, x, -step[..., None] * delta, retain_log, {"S": W.mT})
-            after.append(S["S"].mT)
-        else:
-            left = retain_log.sum(-1, keepdim=True) - retain_log.cumsum(-1)
-            after.append(total * W - (delta * (step * left.exp())[..., None]).mT @ x)
-        if z is not None:
-            z = torch.cat([z[:, :, :1] @ W.mT, y[:, :, :-1]], 2)
-    if z is not None and residual:
-        assert query is not None
-        z = query + z
+            z = keep * (z @ W.mT) + (before.write * (z @ x.mT)) @ f
     return z, after
 
 
