@@ -263,6 +263,8 @@ RULES = {
     "anchor": {"read": "anchor"},
     "orthogonal": {"orthogonal": 5, "window": 3},
     "orthogonal without momentum": {"orthogonal": 2, "order": 0},
+    "orthogonal and frozen": {"orthogonal": 2, "retention": RETENTIONS["lq"], "residual": True},
+    "orthogonal and frozen, before": {"orthogonal": 2, "retention": RETENTIONS["lq"], "read": "before", "order": 0},
     "orthogonal and robust": {"orthogonal": 2, "retention": RETENTIONS["elastic"], "objective": OBJECTIVES["huber"]},
 }
 

@@ -422,7 +422,7 @@ def fast_weight(
         if nonlinear:
             y, W, S = token_weights(
                 x["query"], near, deltas, W, S, (theta, log, eta_log), band, c, orthogonal,
-                retention if factors is None else None, read, residual, gated, norm, start,
+                retention if factors is None else None, read, residual, gated, norm, start, factors,
             )  # fmt: skip
         else:
             reads = shifted(c) if read == "before" else c

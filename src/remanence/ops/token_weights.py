@@ -28,6 +28,7 @@ def token_weights(
     gated: bool,
     norm: Affine | None,
     toward: Weights | None = None,
+    factors: Weights | None = None,
 ) -> tuple[Tensor, Weights, Weights | None]:
     """As `fast_weight_chunk`, for rules that are not linear in the gradients: with the weights of every token.
 
@@ -70,7 +71,8 @@ def token_weights(
             A = torch.cat([weights[i][:, :, None], A[:, :, :-1]], 2)
         A = A if toward is None else A + toward[i][:, None]
         A = A if link is None else link.link(A)
-        return (A @ z[..., None])[..., 0]
+        y = (A @ z[..., None])[..., 0]
+        return y if factors is None else y * factors[i]
 
     y = query if read == "anchor" else network(query, linear, layers, residual, gated, norm)
     return y, [A[:, :, -1] for A in every], (None if momentum is None else pushed)
