@@ -128,12 +128,17 @@ def test_token_shift():
     torch.testing.assert_close(last, newest, rtol=0, atol=0)
 
 
-def test_block_linear():
-    layer = BlockLinear(H * K, H).double()
-    layer.bias.copy_(numbers(H * K))
-    x = numbers(B, 2, H * K)
-    want = layer(x)
-    torch.testing.assert_close(layer(x[:, :1]), want[:, :1], rtol=1e-12, atol=1e-12)
+def test_rg_lru_maps_block_by_block():
+    gates = [BlockLinear(H * K, H).double() for _ in range(2)]
+    for gate in gates:
+        gate.bias.copy_(numbers(H * K))
+    u, rate, start = numbers(B, 1, H * K), numbers(H * K).exp(), numbers(B, H * K)
+    decay, into = (gate(u).sigmoid()[:, 0] for gate in gates)
+    log_a, empty = -8 * decay * rate, torch.tensor([True, False])
+    scale = torch.where(empty[:, None], 1.0, (-torch.expm1(2 * log_a)).sqrt())
+    want = log_a.exp() * start + scale * into * u[:, 0]
+    h = steps.rg_lru(u, *((gate.weight, gate.bias) for gate in gates), rate, empty, start)
+    torch.testing.assert_close(h, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decay", [False, True])
@@ -146,11 +151,11 @@ def test_softmax_scan(monkeypatch, decay, bonus):
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-4, 0.03, 0.5, 5.0])
 def test_rg_lru_keeps_the_variance_at_every_rate(rate):
-    zero, one = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     empty = torch.zeros(1, dtype=torch.bool)
     for dtype, exact in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
-        given = one.to(dtype), zero.to(dtype), 50 * one.to(dtype), torch.tensor([rate], dtype=dtype), empty
-        h = steps.rg_lru(*given, torch.zeros(1, 1, dtype=dtype))
+        one = torch.ones(1, 1, 1, dtype=dtype)
+        half, open_ = (0 * one, torch.zeros(1, dtype=dtype)), (0 * one, torch.full((1,), 50, dtype=dtype))
+        h = steps.rg_lru(one, half, open_, torch.tensor([rate], dtype=dtype), empty, torch.zeros(1, 1, dtype=dtype))
         want = (-torch.expm1(2 * -4 * torch.tensor([[rate]], dtype=torch.float64))).sqrt()
         torch.testing.assert_close(h.double(), want, rtol=exact, atol=0)
 

@@ -42,8 +42,6 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks, size, _ = self.weight.shape
-        if x.shape[-2] == 1 and steps.worth(x, self.weight, self.bias):
-            return steps.block_linear(x, self.weight, self.bias)
         parts = x.reshape(-1, blocks, size).transpose(0, 1)
         y = torch.baddbmm(self.bias.view(blocks, 1, size), parts, self.weight)
         return y.transpose(0, 1).reshape(x.shape)
@@ -96,12 +94,13 @@ class Griffin(Memory):
         state = self.begin(x, state)
         branch, u = self.inward(x).chunk(2, dim=-1)
         u, conv = self.conv(u, state["conv"])
-        gated = u.to(x.dtype)
-        decay, into, rate = wide(self.decay_gate(gated)), wide(self.input_gate(gated)), F.softplus(wide(self.base))
-        if x.shape[1] == 1 and steps.worth(u, decay, into, rate, state["h"]):
-            h = steps.rg_lru(u, decay, into, rate, state["empty"], state["h"])
-            y = F.gelu(branch, approximate="tanh") * h[:, None].to(x.dtype)
+        gated, rate = u.to(x.dtype), F.softplus(wide(self.base))
+        if x.shape[1] == 1 and steps.worth(u, gated, state["h"]):
+            decay_map, input_map = ((gate.weight, gate.bias) for gate in (self.decay_gate, self.input_gate))
+            h = steps.rg_lru(u, decay_map, input_map, rate, state["empty"], state["h"])
+            y = F.gelu(branch, approximate="tanh") * h.unsqueeze(1)
             return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": conv}
+        decay, into = wide(self.decay_gate(gated)), wide(self.input_gate(gated))
         log_a = -8 * decay.sigmoid() * rate
         first = state["empty"][:, None] & (torch.arange(x.shape[1], device=x.device) == 0)
         scale = torch.where(first[..., None], 1.0, BoundedSqrt.apply(-torch.expm1(2 * log_a)))

@@ -71,7 +71,8 @@ def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[tuple[Tensor, ...
     Shapes: x [batch, time, dim], last [batch, dim], float32 or wider, mix [n, dim] or [n, batch, time, dim].
     """
     if x.shape[1] == 1 and steps.worth(x, last, mix):
-        return steps.token_shift(x, last, mix).unbind(), x[:, 0].clone()
+        blends, newest = steps.token_shift(x, last, mix)
+        return blends.unbind(), newest
     seen = torch.cat([last[:, None], wide(x)], 1)
     mix = mix[:, None, None] if mix.ndim == 2 else mix
     return torch.addcmul(x, seen[:, :-1].to(x.dtype) - x, mix.to(x.dtype)).unbind(), seen[:, -1]

@@ -230,27 +230,33 @@ def min_gru(one, zs, starts, hs, B, D, gates):
 
 
 @jit
-def block_linear(one, xs, weights, biases, ys, B, blocks, size):
-    """x and y [B, blocks·size], weight [blocks, in, out]."""
-    x, y = at(one, xs, (B, blocks, size)), at(one, ys, (B, blocks, size))
-    weight, bias = at(one, weights, (blocks, size, size)), at(one, biases, (blocks, size))
-    for b in range(B):
-        for n in range(blocks):
-            read(x[b, n], weight[n], y[b, n])
-            _add(bias[n], one, y[b, n])
+def _blocks(x, weight, bias, y):
+    """y [blocks, size] = x of a block times its matrix, weight [blocks, in, out], plus bias."""
+    for n in range(x.shape[0]):
+        read(x[n], weight[n], y[n])
+        _add(bias[n], bias.dtype.type(1), y[n])
 
 
 @jit
-def rg_lru(one, us, decay_logits, input_logits, rates, empties, starts, hs, B, D):
-    """All [B, D] but rate [D] and empty [B]: a = exp(−8 σ(decay) rate), h = a h + √(1 − a²) σ(input) u."""
+def rg_lru(one, us, decay_maps, decay_biases, input_maps, input_biases, rates, starts, hs, empties, B, blocks, size):
+    """a = exp(−8 σ(decay) rate), h = a h + √(1 − a²) σ(input) u, both logits linear in u, block by block.
+
+    u, h [B, blocks·size], rate [blocks·size], maps [blocks, in, out]; empty [B], a byte each.
+    """
+    D, maps = blocks * size, (blocks, size, size)
     u, start, h = at(one, us, (B, D)), at(one, starts, (B, D)), at(one, hs, (B, D))
-    first, second = at(one, decay_logits, (B, D)), at(one, input_logits, (B, D))
-    rate, empty = at(one, rates, (D,)), at(one, empties, (B,))
+    rate, empty = at(one, rates, (D,)), at(np.uint8(0), empties, (B,))
+    slow, slow_bias = at(one, decay_maps, maps), at(one, decay_biases, (blocks, size))
+    take, take_bias = at(one, input_maps, maps), at(one, input_biases, (blocks, size))
+    first, second = np.empty((blocks, size), h.dtype), np.empty((blocks, size), h.dtype)
     series = np.empty(D, h.dtype)  # of (eˣ − 1)/x, since 1 − eˣ loses its digits near 0
+    forget, into = first.reshape(D), second.reshape(D)
     for i in range(B):
-        new, before, now, slow, into = u[i], start[i], h[i], first[i], second[i]
+        new, before, now = u[i], start[i], h[i]
+        _blocks(new.reshape((blocks, size)), slow, slow_bias, first)
+        _blocks(new.reshape((blocks, size)), take, take_bias, second)
         for d in range(D):
-            now[d] = -8 * _sigmoid(slow[d]) * rate[d]
+            now[d] = -8 * _sigmoid(forget[d]) * rate[d]
         fill(series, 1)
         for n in range(15, 1, -1):
             part = h.dtype.type(2 / n)
@@ -454,11 +460,14 @@ def _decay_both(x, y):
 
 
 @jit
-def token_shift(one, xs, lasts, mixes, ys, blends, B, D, per_row):
-    """y [blends, B, D]: x + (last − x) ⊙ mix, with mix [blends, D], or [blends, B, D] (`per_row`)."""
+def token_shift(one, xs, lasts, mixes, newests, ys, blends, B, D, per_row):
+    """y [blends, B, D]: x + (last − x) ⊙ mix, mix [blends, D], or [blends, B, D] (`per_row`); newest copies x."""
     rows = B if per_row else 1
     x, last = at(one, xs, (B, D)), at(one, lasts, (B, D))
     mix, y = at(one, mixes, (blends, rows, D)), at(one, ys, (blends, B, D))
+    newest = at(one, newests, (B, D))
+    for b in range(B):
+        copy_row(x[b], newest[b])
     for n in range(blends):
         for b in range(B):
             now, before, share, out = x[b], last[b], mix[n, b if per_row else 0], y[n, b]

@@ -124,17 +124,22 @@ def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
     return h
 
 
-def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Each of the blocks of x [B, 1, blocks·size] times its matrix of weight [blocks, in, out]."""
-    (blocks, size, _), y = weight.shape, _blank(x)
-    _run(kernels.block_linear, (x, weight, bias, y), x.numel() // (blocks * size), blocks, size)
-    return y
+def rg_lru(
+    u: Tensor,
+    decay: tuple[Tensor, Tensor],
+    into: tuple[Tensor, Tensor],
+    rate: Tensor,
+    empty: Tensor,
+    start: Tensor,
+) -> Tensor:
+    """The next h [B, D] of the gated recurrence of bounded variance, from u [B, 1, D].
 
-
-def rg_lru(u: Tensor, decay: Tensor, into: Tensor, rate: Tensor, empty: Tensor, start: Tensor) -> Tensor:
-    """The next h [B, D] of the gated recurrence of bounded variance: logits `decay` and `into` [B, 1, D], rate [D]."""
-    h = _blank(start)
-    _run(kernels.rg_lru, (u, decay, into, rate, empty, start, h), *start.shape)
+    Decay and input gates are given by their maps, block by block: weights [blocks, in, out] and biases [D]. Rate [D];
+    empty bool [B].
+    """
+    h, empty, (blocks, size, _) = _blank(start), empty.contiguous(), decay[0].shape
+    _fits("rg_lru", start, len(u), blocks * size)
+    _run(kernels.rg_lru, (u, *decay, *into, rate, start, h), empty.data_ptr(), len(u), blocks, size)
     return h
 
 
@@ -240,12 +245,16 @@ def softmax_scan(
     return y, {"w": new_w, "u": new_u, "m": top}
 
 
-def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> Tensor:
-    """x + (last − x) ⊙ mix: x [B, 1, D], last [B, D], mix [n, D] or one for each row, [n, B, 1, D] -> [n, B, 1, D]."""
+def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """x + (last − x) ⊙ mix [n, B, 1, D], and x as the next last token, from x [B, 1, D] and last [B, D].
+
+    mix is [n, D], or one for each row, [n, B, 1, D].
+    """
     (B, _, D), blends = x.shape, mix.shape[0]
-    y = x.new_empty(blends, B, 1, D)
-    _run(kernels.token_shift, (x, last, mix, y), blends, B, D, mix.numel() > blends * D)
-    return y
+    _fits("token_shift", last, B, D)
+    y, newest = x.new_empty(blends, B, 1, D), _blank(last)
+    _run(kernels.token_shift, (x, last, mix, newest, y), blends, B, D, mix.numel() > blends * D)
+    return y, newest
 
 
 def gated_delta_rule(
