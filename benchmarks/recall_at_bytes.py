@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=16)
     parser.add_argument("--times", type=int, default=2, help="how often each key is bound")
     parser.add_argument("--pause", type=int, default=0)
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 5e-3])
     parser.add_argument("--mixers", action="store_true", help="a channel mixer after each memory")
     parser.add_argument("--apart", action="store_true", help="a key and its value are two tokens (with --times 1)")
     parser.add_argument("--batch", type=int, default=64)
