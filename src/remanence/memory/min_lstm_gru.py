@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
-from remanence.ops import steps
+from remanence.ops import dispatch, min_cell, steps, taps
+from remanence.ops.min_cell import positive
 from remanence.state import State
-
-
-def positive(x: Tensor) -> Tensor:
-    """x + ½ where x ≥ 0, else σ(x): a candidate that keeps the state above zero."""
-    return torch.where(x >= 0, x + 0.5, x.sigmoid())
 
 
 class MinGRU(Memory):
@@ -48,7 +42,7 @@ class MinGRU(Memory):
 
     def shares(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """The logarithms of what is kept and of what is written; their exponentials sum to 1."""
-        return F.logsigmoid(-gate), F.logsigmoid(gate)  # not -softplus, which drops all terms below e⁻²⁰
+        return min_cell.shares(gate, self.gates)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
@@ -56,6 +50,9 @@ class MinGRU(Memory):
         if x.shape[1] == 1 and steps.worth(z, state["h"]):
             h = steps.min_gru(z, self.gates, state["h"])
             return self.out(h[:, None].to(x.dtype)), {"h": h}
+        if x.shape[1] > 1 and dispatch.compiled(z) and not taps.watched():
+            h = min_cell.min_cell(z, self.gates, state["h"].to(z.dtype))
+            return self.out(h.to(x.dtype)), {"h": h[:, -1]}
         gate, candidate = z.split([self.gates * self.width, self.width], dim=-1)
         keep, write = self.shares(gate)
         h, state = ops.scan(keep, write.exp() * positive(candidate), state)
@@ -77,10 +74,6 @@ class MinLSTM(MinGRU):
     """
 
     gates = 2
-
-    def shares(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        forget, write = gate.chunk(2, dim=-1)
-        return super().shares(F.logsigmoid(write) - F.logsigmoid(forget))
 
 
 @card(

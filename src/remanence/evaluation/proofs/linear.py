@@ -15,9 +15,10 @@ from remanence.catalogue import Check, proof
 from remanence.memory.attention import WindowAttention
 from remanence.memory.griffin import Griffin
 from remanence.memory.hgrn import HGRN, LowerBounds
-from remanence.memory.min_lstm_gru import MinGRU, MinLSTM, positive
+from remanence.memory.min_lstm_gru import MinGRU, MinLSTM
 from remanence.memory.parts import rotate
 from remanence.memory.retnet import RetNet
+from remanence.ops.min_cell import positive
 
 Draw = Callable[..., Tensor]
 M = TypeVar("M", bound=nn.Module)
