@@ -5,6 +5,7 @@ from remanence.errors import UnknownName
 from remanence.memory.mesa import Mesa
 from remanence.memory.test_time_regression import Regression
 from remanence.memory.ttt import TTTMLP, TTTLinear
+from remanence.ops.ttt import _turn as turned
 from remanence.state import flatten
 
 MEMBERS = [("all", "linear"), ("window", "linear"), ("window", "affine")]
@@ -78,9 +79,10 @@ def test_the_first_ridge_is_one():
 
 def test_positions_turn_within_a_chunk_only():
     """Two chunks apart, the same tokens are the same keys."""
-    memory = build(TTTLinear, chunk_size=4)
-    x = draw(2)
-    q = torch.cat([x, x], -1)
-    near, far = (memory._turn(q, (torch.arange(2) + start)[None] % 4) for start in (1, 9))
+    turn = build(TTTLinear, chunk_size=4).turn(torch.device("cpu"))
+    x = draw(2)[:, None]
+    q = torch.cat([x, x], -1)[..., : 2 * turn.shape[2]]
+    near, far, other = (turned(q, turn, place) for place in (1, 9, 0))
     close(near, far)
-    assert (memory._turn(q, torch.arange(2)[None]) - near).abs().max() > 1e-2
+    close(near.norm(dim=-1), q.norm(dim=-1))
+    assert (other - near).abs().max() > 1e-2
