@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, per_head, wide, zeros
-from remanence.ops import steps
+from remanence.ops import dispatch, steps, taps
+from remanence.ops.rg_lru import by_scan, rg_lru
 from remanence.state import State
-
-
-class BoundedSqrt(torch.autograd.Function):
-    """√x with its slope held to 1000, so that a decay of almost 1 cannot blow up the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sqrt()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (4 * x).clamp(min=1e-6).rsqrt()
 
 
 class BlockLinear(nn.Module):
@@ -101,9 +86,8 @@ class Griffin(Memory):
             y = F.gelu(branch, approximate="tanh") * h.unsqueeze(1)
             return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": conv}
         decay, into = wide(self.decay_gate(gated)), wide(self.input_gate(gated))
-        log_a = -8 * decay.sigmoid() * rate
-        first = state["empty"][:, None] & (torch.arange(x.shape[1], device=x.device) == 0)
-        scale = torch.where(first[..., None], 1.0, BoundedSqrt.apply(-torch.expm1(2 * log_a)))
-        h, after = ops.scan(log_a, scale * into.sigmoid() * u, {"h": state["h"]})
+        run = rg_lru if x.shape[1] > 1 and dispatch.compiled(u) and not taps.watched() else by_scan
+        h, after = run(u, decay, into, rate, state["empty"], state["h"].to(u.dtype))
         empty = state["empty"] & (x.shape[1] == 0)
-        return self.out(F.gelu(branch, approximate="tanh") * h.to(x.dtype)), {**after, "empty": empty, "conv": conv}
+        y = self.out(F.gelu(branch, approximate="tanh") * h.to(x.dtype))
+        return y, {**after, "empty": empty, "conv": conv}
