@@ -36,10 +36,14 @@ class SoftmaxWeights(Memory):
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side [B, T, (heads + 2 kv_heads) K], before any rotation."""
+        return self.qkv(x)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, heads, T, K], keys and values [B, kv_heads, T, K], before any rotation."""
         widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = self.qkv(x).split(widths, dim=-1)
+        q, k, v = self.projected(x).split(widths, dim=-1)
         return split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
 
     def per_query(self, x: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ class SoftmaxAttention(SoftmaxWeights):
         if (T := x.shape[1]) == 0:
             return x, state
         position, groups = state["position"], (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = turned_heads(wide(self.qkv(x)), groups, position, self.frequencies)
+        q, k, v = turned_heads(wide(self.projected(x)), groups, position, self.frequencies)
         room, total = state["keys"].shape[2], int(position.max()) + T
         keys, values = (torch.cat([state[n], new], 2) if room else new for n, new in (("keys", k), ("values", v)))
         room_after = max(room, -(-total // BLOCK) * BLOCK)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from remanence.memory.base import Memory
 from remanence.memory.gated_deltanet import GatedDeltaNet
-from remanence.memory.parts import split
 from remanence.memory.softmax import SoftmaxAttention
 from remanence.models.language import ChannelMixer
 from remanence.models.pretrained.mapping import Config, Rule, rotary, same, stacked
@@ -52,10 +51,10 @@ class GatedAttention(SoftmaxAttention):
         pairs = torch.arange(0, turned, 2, dtype=torch.float64) / max(turned, 1)
         self.frequencies = F.pad(base**-pairs, (0, head_dim // 2 - len(pairs)))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def projected(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).split([n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)], dim=-1)
-        q, k, v = split(q, self.heads), split(k, self.kv_heads), split(v, self.kv_heads)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = (norm(h.unflatten(-1, (-1, self.head_dim))) for norm, h in ((self.q_norm, q), (self.k_norm, k)))
+        return torch.cat([q.flatten(-2), k.flatten(-2), v], -1)
 
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         return self.out(y * self.gate(x).sigmoid())
