@@ -1,4 +1,4 @@
-"""Every combination of the six answers: it runs, finite, and goes on from a cut, or says which answers cannot meet."""
+"""Any combination of the six answers: it runs, finite, and goes on from a cut, or says which answers cannot meet."""
 
 from itertools import product
 
@@ -32,14 +32,17 @@ def clash(structure, objective, retention, optimizer):
 @pytest.mark.parametrize("retention", HELD)
 @pytest.mark.parametrize("structure", STRUCTURES)
 @torch.no_grad()
-def test_every_combination_runs_and_resumes_or_names_two_answers(structure, retention):
+def test_combinations_run_and_resume_or_name_two_answers(structure, retention):
     x, ran = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0
-    for objective, optimizer in product(OBJECTIVES, OPTIMIZERS):
+    place = list(STRUCTURES).index(structure) + HELD.index(retention)
+    for i, (objective, optimizer) in enumerate(product(OBJECTIVES, OPTIMIZERS)):
         answers = {"structure": structure, "objective": objective, "retention": retention, "optimizer": optimizer}
         if both := clash(**answers):
             with pytest.raises(ValueError, match=r"^FastWeightMemory: .*\.$") as refused:
                 FastWeightMemory(**SMALL, **answers)
             assert all(answer in str(refused.value) for answer in both), (both, str(refused.value))
+            continue
+        if (i + place) % 3:  # every pair of answers meets, but not every six of them
             continue
         torch.manual_seed(0)
         memory = FastWeightMemory(**SMALL, **answers).double()
