@@ -4,7 +4,8 @@ import torch
 from remanence.catalogue import cards
 from remanence.errors import StateError, UnknownName
 from remanence.memory import make
-from remanence.memory.memory_caching import BLOCK, MemoryCaching
+from remanence.memory.memory_caching import BLOCK, READERS, MemoryCaching
+from remanence.ops.taps import tap
 from remanence.state import concat, flatten, fork, nbytes, select
 
 BASES = {
@@ -42,6 +43,26 @@ def in_pieces(memory, x, cuts):
 CASES = [(m, "gated", {}) for m in BASES] + [(m, "soup", {}) for m in BY_QUERY]
 CASES += [("titans", "sparse", {"top": 1}), ("mamba", "sparse", {"top": 1}), ("titans", "residual", {})]
 CASES += [("ttt-mlp", "gated", {"independent": True}), ("mamba", "average", {"max_segments": 2})]
+
+
+@pytest.mark.parametrize("name", ["linear-attention", "gated-deltanet", "mesa", "titans", "ttt", "ttt-mlp"])
+@pytest.mark.parametrize("read", [1, 4, 5])
+def test_a_reader_finds_in_a_state_what_the_op_read_of_it(name, read):
+    torch.manual_seed(0)
+    memory, found = make(name, 8, **BASES.get(name, {"heads": 2})).double(), []
+
+    def compare(call):
+        if call.op not in READERS:
+            return call.run()
+        (y, after), reader = call.run(), READERS[call.op]
+        found.append((reader.read(call.arguments, reader.weights(call.arguments, after)), y))
+        return y, after
+
+    _, state = memory(draw(read))
+    with tap(compare):
+        memory(draw(1, seed=2), state)
+    ((got, want),) = found
+    close(got, want)
 
 
 @pytest.mark.parametrize(("memory", "variant", "changes"), CASES)

@@ -5,7 +5,7 @@ from remanence.errors import UnknownName
 from remanence.memory.mesa import Mesa
 from remanence.memory.test_time_regression import Regression
 from remanence.memory.ttt import TTTMLP, TTTLinear
-from remanence.ops.ttt import _turn as turned
+from remanence.ops.ttt import turned
 from remanence.state import flatten
 
 MEMBERS = [("all", "linear"), ("window", "linear"), ("window", "affine")]

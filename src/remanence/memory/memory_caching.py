@@ -17,7 +17,7 @@ from remanence.memory.parts import wide, zeros
 from remanence.ops.inner_network import fast_weight_read
 from remanence.ops.phases import piece_sizes
 from remanence.ops.taps import Call, tap
-from remanence.ops.ttt import ttt_read, ttt_weights
+from remanence.ops.ttt import ttt_read, ttt_weights, turned
 from remanence.state import Form, State, check_state, concat, form, select, tree_map
 
 VARIANTS = ("gated", "residual", "soup", "sparse", "average")
@@ -56,7 +56,9 @@ READERS = {
     ),
     "ttt": Reader(
         lambda a, s: dict(zip(s["anchor"], ttt_weights(s, a["average"]), strict=True)),
-        lambda a, s: ttt_read(wide(a["query"]), list(s.values()), wide(a["scale"]), wide(a["shift"])),
+        lambda a, s: ttt_read(
+            turned(wide(a["query"]), a["turn"], a["state"]["pos"]), list(s.values()), wide(a["scale"]), wide(a["shift"])
+        ),
         False,
     ),
 }
@@ -287,7 +289,8 @@ def _last(x: Tensor, room: int) -> Tensor:
 def _soup(call: Call, reader: Reader, gates: Tensor, ends: Mapping[int, State]) -> tuple[Tensor, State]:
     """Weights mixed, then read: a network's own weights exist one token at a time only."""
     state, out = call.arguments["state"], []
-    every = {n: x for n, x in call.arguments.items() if isinstance(x, Tensor) and x.ndim > 2}  # [B, H, T, ...]
+    of_tokens = (n for n, x in call.arguments.items() if isinstance(x, Tensor) and x.ndim > 2 and n != "turn")
+    every = {n: call.arguments[n] for n in of_tokens}  # [B, H, T, ...]
     for t in range(call.arguments["query"].shape[2]):
         now = {**call.arguments, **{n: x[:, :, t : t + 1] for n, x in every.items()}, "state": state}
         y, state = call.run(**now)

@@ -63,11 +63,13 @@ def ttt_read(query: Tensor, weights: Sequence[Tensor], scale: Tensor, shift: Ten
     return query + _norm(z, scale, shift)
 
 
-def _turn(x: Tensor, turn: Tensor | None, phase: int) -> Tensor:
-    """x [B, H, T, K] turned by its places in the chunk, of which the first is `phase`."""
+def turned(x: Tensor, turn: Tensor | None, pos: Tensor | int) -> Tensor:
+    """x [B, H, T, K] turned by its tokens' places in the chunk, where the first of a row stands at `pos` [B]."""
     if turn is None:
         return x
-    cos, sin = turn.to(x)[(phase + torch.arange(x.shape[2], device=x.device)) % len(turn)].unbind(1)
+    tokens = torch.arange(x.shape[2], device=x.device)
+    place = (torch.as_tensor(pos, device=x.device).reshape(-1, 1) + tokens) % len(turn)
+    cos, sin = turn.to(x)[place][:, None].unbind(3)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -90,9 +92,7 @@ def ttt_reference(
 ) -> tuple[Tensor, State]:
     """The definition of `ttt`, token by token, its inner gradients taken by automatic differentiation."""
     anchor, total, pos = state["anchor"], state["sum"], state["pos"]
-    if turn is not None:
-        pairs = [zip(x, pos.tolist(), strict=True) for x in (query, key)]
-        query, key = (torch.cat([_turn(row[None], turn, phase) for row, phase in rows]) for rows in pairs)
+    query, key = turned(query, turn, pos), turned(key, turn, pos)
 
     def loss(weights: dict[str, Tensor], k: Tensor, v: Tensor) -> Tensor:
         return 0.5 * (ttt_read(k, list(weights.values()), scale, shift) - v).square().sum()
@@ -163,7 +163,7 @@ def ttt(
                 out, W = _whole(q, k, v, theta, average, scale, shift, turn, W)
                 y.append(out)
                 continue
-            q, k = _turn(q, turn, phase), _turn(k, turn, phase)
+            q, k = turned(q, turn, phase), turned(k, turn, phase)
             c = average[phase : phase + q.shape[2], None]
             z, inputs, deltas = _piece(q, k, v - k, theta, c, scale, shift, W, S if phase else None)
             y.append(q + _norm(z, scale, shift))
@@ -217,7 +217,7 @@ def _whole(
         assert norm is not None
         assert start is not None
         W, y = unpacked(start, anchor, False)[0], []
-        q, k = _turn(q, turn, 0), _turn(k, turn, 0)
+        q, k = turned(q, turn, 0), turned(k, turn, 0)
         scale, shift = norm[0, :, 0], norm[0, :, 1]
         for first in range(0, q.shape[2], len(average)):
             now = slice(first, first + len(average))
