@@ -94,7 +94,7 @@ class _Compiled(torch.autograd.Function):
                 return _shifted(tail, x, taps, bias, ctx.silu)
 
             return *second_order(ctx.needs_input_grad[:4], plain, (tail, x, taps, bias), grads), None
-        found = torch.zeros_like(tail), x.new_zeros(x.shape), torch.zeros_like(taps), torch.zeros_like(bias)
+        found = torch.zeros_like(tail), x.new_empty(x.shape), torch.zeros_like(taps), torch.zeros_like(bias)
         inputs = tail, *flat(x, 2), taps, bias, ctx.silu, *flat(grads[0], 2)
         outputs = found[0], *flat(found[1], 2), *found[2:]
         spread_bands(kernels.backward, x.shape[2], x.numel(), x.shape[1], *inputs, *outputs)

@@ -39,7 +39,7 @@ def forward(first, last, tail, x, at, taps, bias, silu, y):
 
 @jit
 def backward(first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias):
-    """Gradients; those that are sums come as zeros."""
+    """Gradients; all but d_x come as zeros."""
     width, D = taps.shape[0], last - first
     z, g = np.empty(D, tail.dtype), np.empty(D, tail.dtype)
     d_b = d_bias[first:last]
@@ -61,10 +61,15 @@ def backward(first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail,
                     g[d] *= s + gated * (1 - s)
             for d in range(D):
                 d_b[d] += g[d]
-            for j in range(width):
+            for j in range(width - 1):
                 i = t + j - width + 1
                 seen, w = _row(b, i, tail, x, at, first, last), taps[j, first:last]
                 d_seen, d_w = _row(b, i, d_tail, d_x, d_x_at, first, last), d_taps[j, first:last]
                 for d in range(D):
                     d_seen[d] += w[d] * g[d]
                     d_w[d] += seen[d] * g[d]
+            seen, w = _row(b, t, tail, x, at, first, last), taps[width - 1, first:last]
+            d_seen, d_w = _row(b, t, d_tail, d_x, d_x_at, first, last), d_taps[width - 1, first:last]
+            for d in range(D):
+                d_seen[d] = w[d] * g[d]
+                d_w[d] += seen[d] * g[d]
