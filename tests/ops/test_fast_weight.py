@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd.functional import jacobian
 from torch.nn import functional as F
 
@@ -12,7 +13,7 @@ from remanence.ops.fast_weight import fast_weight, fast_weight_reference, fast_w
 from remanence.ops.inner_network import inner_gradient
 from remanence.ops.objectives import OBJECTIVES
 from remanence.ops.retention import RETENTIONS, Divergence, Elastic, Lq, Sequential, Shrink
-from remanence.state import concat, flatten, nbytes, select
+from remanence.state import concat, flatten, nbytes, select, tree_map
 
 B, H, K = 2, 2, 3
 
@@ -96,6 +97,19 @@ def test_a_matrix_that_learns_from_every_token_is_the_recurrence(order, rule):
 @pytest.mark.parametrize("momentum", [True, False])
 def test_chunked_is_the_recurrence(layers, momentum):
     compare(11, layers, momentum, chunk_size=4, residual=layers % 2 == 0)
+
+
+@pytest.mark.parametrize("read", ["after", "before", "anchor"])
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_tokens_without_gradients_one_by_one_are_the_recurrence(read, momentum, layers):
+    inputs, gates, weights, _ = draw(7, layers, momentum)
+    state, rule = fast_weight_state(weights, B, momentum=momentum), {"read": read, "residual": True, "bound": 0.5}
+    want, want_state = run(fast_weight_reference, inputs, gates, state, 3, **rule)
+    with torch.no_grad():
+        got, got_state = run(fast_weight, inputs, gates, state, 3, [*range(1, 7)], **rule)
+    close(got, want.detach())
+    close(flatten(got_state), tree_map(Tensor.detach, flatten(want_state)))
 
 
 def test_a_bound_keeps_a_repeated_token_from_diverging():

@@ -374,7 +374,7 @@ def fast_weight(
     simple = simple and not (exact or nonlinear) and type(objective) in LEARNT
     simple = simple and coefficients is momentum_coefficients and not channels and toward is None
     fused = simple and (threshold is None or threshold.ndim == 3) and compiled(query)
-    single = simple and type(objective) is Squared and norm is None and read == "after"
+    single = simple and type(objective) is Squared and norm is None
     single = single and query.shape[2] == 1 and not torch.is_grad_enabled()
 
     known = retention is None and toward is None and not channels and read != "anchor"
@@ -481,7 +481,7 @@ def fast_weight(
             past = {i: seen[i][:, :, n:] for i in past}
             arguments = (part, seen, state["pos"] + at, anchor, W, S)
             if single:
-                out, W, S = _token(part, anchor, W, S, residual, None if bound is None else bound / chunk_size)
+                out, W, S = _token(part, anchor, W, S, residual, None if bound is None else bound / chunk_size, read)
             elif fused and not phase and n >= chunk_size:
                 if remake and torch.is_grad_enabled():
                     out, W, S = checkpoint(whole, part, W, S, use_reentrant=False, preserve_rng_state=False)
@@ -509,7 +509,13 @@ def fast_weight(
 
 
 def _token(
-    x: dict[str, Tensor], anchor: Weights, W: Weights, S: Weights | None, residual: bool, bound: float | None
+    x: dict[str, Tensor],
+    anchor: Weights,
+    W: Weights,
+    S: Weights | None,
+    residual: bool,
+    bound: float | None,
+    read: str,
 ) -> tuple[Tensor, Weights, Weights | None]:
     """One token of the plain rule, without gradients, in as few operations as it takes."""
     shape = x["query"].shape
@@ -540,7 +546,8 @@ def _token(
             pushed.append(step.view_as(S[i]))
         weight = torch.addcmul(step, each.flatten(0, 1), a)
         after.append(weight.view_as(each))
-        z = torch.bmm(F.gelu(z) if i else z, weight.mT)
+        seen = {"after": weight, "before": each.flatten(0, 1), "anchor": fixed[i]}[read]
+        z = torch.bmm(F.gelu(z) if i else z, seen.mT)
     y = (q + z if residual else z).view(*shape[:3], -1)
     return y, after, None if S is None else pushed
 
