@@ -8,43 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from remanence.ops.chunk_kernels import add_scaled, combine, dot
 from remanence.ops.compiled import gemm, summing
-
-
-@summing
-def _add_product(v, A, out):
-    """out += v A, four rows at a time: so a sum is fetched and stored once for four products."""
-    N = A.shape[0]
-    for k in range(0, N - 3, 4):
-        a, b, c, d = v[k], v[k + 1], v[k + 2], v[k + 3]
-        w, x, y, z = A[k], A[k + 1], A[k + 2], A[k + 3]
-        for j in range(out.shape[0]):
-            out[j] += a * w[j] + b * x[j] + c * y[j] + d * z[j]
-    for k in range(N - N % 4, N):
-        a, w = v[k], A[k]
-        for j in range(out.shape[0]):
-            out[j] += a * w[j]
 
 
 @summing
 def _product(v, A, out):
     for j in range(out.shape[0]):
         out[j] = 0
-    _add_product(v, A, out)
-
-
-@summing
-def _add(x, a, y):
-    for j in range(y.shape[0]):
-        y[j] += a * x[j]
-
-
-@summing
-def _dot(x, y):
-    total = x[0] * 0
-    for j in range(x.shape[0]):
-        total += x[j] * y[j]
-    return total
+    combine(v, A, out)
 
 
 @summing
@@ -60,7 +32,7 @@ def _add_outer(x, y, out):
             r[j] += c * y[j]
             s[j] += d * y[j]
     for i in range(N - N % 4, N):
-        _add(y, x[i], out[i])
+        add_scaled(y, x[i], out[i])
 
 
 @summing
@@ -76,7 +48,7 @@ def _responses(C, W, toeplitz):
     L = W.shape[0]
     for m in range(C.shape[0]):
         for lag in range(L):
-            response = _dot(C[m], W[L - 1 - lag])
+            response = dot(C[m], W[L - 1 - lag])
             for i in range(lag, L):
                 toeplitz[m * L + i, i - lag] = response
 
@@ -110,7 +82,7 @@ def forward(first, last, rest, x, A, b, C, h, y, starts, W, R, powers, end):
             for j in range(N):
                 S[0, i, j] = h[d, i, j]
             for c in range(n - 1):
-                _add_product(S[c, i], turned, S[c + 1, i])
+                combine(S[c, i], turned, S[c + 1, i])
         out = y[d].reshape(-1, M * L)
         gemm(1, x[d].reshape(-1, L), False, toeplitz, True, 0, out)
         gemm(1, S.reshape(-1, N), False, Rd, True, 1, out)
@@ -129,7 +101,7 @@ def _pass(h, turned, b, x, passed):
         passed[0, j] = h[j]
     for t in range(passed.shape[0] - 1):
         _product(passed[t], turned, passed[t + 1])
-        _add(b, x[t], passed[t + 1])
+        add_scaled(b, x[t], passed[t + 1])
 
 
 @summing
@@ -157,16 +129,16 @@ def backward(first, last, rest, x, A, b, C, starts, W, R, powers, d_y, d_end, d_
             for j in range(N):
                 back[rest, j] = d_end[d, i, j]
             for t in range(rest - 1, -1, -1):
-                d_x[d, n - 1, i, t] += _dot(b[d], back[t + 1])
-                _add(back[t + 1], x[d, n - 1, i, t], db)
+                d_x[d, n - 1, i, t] += dot(b[d], back[t + 1])
+                add_scaled(back[t + 1], x[d, n - 1, i, t], db)
                 _product(back[t + 1], Ad, back[t])
-            _add(back[0], 1, d_S[n - 1, i])
+            add_scaled(back[0], 1, d_S[n - 1, i])
             gemm(1, back[1:], True, passed[:rest], False, 1 if i else 0, dA)
         if n > 1:
             whole = powers[d, powers.shape[1] - 1] if powers.shape[1] else Ad
             for i in range(B):
                 for c in range(n - 2, -1, -1):
-                    _add_product(d_S[c + 1, i], whole, d_S[c, i])
+                    combine(d_S[c + 1, i], whole, d_S[c, i])
             after = d_S[1:].reshape(-1, N)
             gemm(1, after, False, Wd, True, 1, d_x[d, : n - 1].reshape(-1, L))
             gemm(1, x[d, : n - 1].reshape(-1, L), True, after, False, 0, d_W)
@@ -177,7 +149,7 @@ def backward(first, last, rest, x, A, b, C, starts, W, R, powers, d_y, d_end, d_
                 gemm(1, root, True, d_P, False, 1, d_Q)
                 d_P, d_Q = d_Q, d_P
             for i in range(N):
-                _add(d_P[i], 1, dA[i])
+                add_scaled(d_P[i], 1, dA[i])
         else:
             for j in range(L):
                 for i in range(N):
@@ -192,20 +164,20 @@ def backward(first, last, rest, x, A, b, C, starts, W, R, powers, d_y, d_end, d_
                 total = d_T[0, 0] * 0
                 for i in range(lag, L):
                     total += d_T[m * L + i, i - lag]
-                _add(Wd[L - 1 - lag], total, dC[m])
-                _add(Cd[m], total, d_W[L - 1 - lag])
+                add_scaled(Wd[L - 1 - lag], total, dC[m])
+                add_scaled(Cd[m], total, d_W[L - 1 - lag])
             for i in range(L - 1, 0, -1):
-                _add_product(d_R[m * L + i], turned, d_R[m * L + i - 1])
-            _add_product(d_R[m * L], turned, dC[m])
+                combine(d_R[m * L + i], turned, d_R[m * L + i - 1])
+            combine(d_R[m * L], turned, dC[m])
             for i in range(N):
-                _add(d_R[m * L], Cd[m, i], dA[i])
+                add_scaled(d_R[m * L], Cd[m, i], dA[i])
             if L > 1:
                 gemm(1, Rd[m * L : (m + 1) * L - 1], True, d_R[m * L + 1 : (m + 1) * L], False, 1, dA)
         for j in range(L - 1):
-            _add_product(d_W[j], Ad, d_W[j + 1])
+            combine(d_W[j], Ad, d_W[j + 1])
         if L > 1:
             gemm(1, d_W[: L - 1], True, Wd[1:], False, 1, dA)
-        _add(d_W[L - 1], 1, db)
+        add_scaled(d_W[L - 1], 1, db)
 
 
 @summing

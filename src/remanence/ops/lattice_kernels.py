@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from remanence.ops.chunk_kernels import combine, dot
 from remanence.ops.compiled import summing
 
 
@@ -24,34 +25,6 @@ def _clear(x):
 
 
 @summing
-def _dot(x, y):
-    total = x[0] * 0
-    for j in range(x.shape[0]):
-        total += x[j] * y[j]
-    return total
-
-
-@summing
-def _add(x, a, y):
-    """y += a x."""
-    for j in range(x.shape[0]):
-        y[j] += a * x[j]
-
-
-@summing
-def _combine(weights, F, e):
-    """e += Σ_i weights_i F_i, four slots at a time: so a sum is fetched and stored once for four products."""
-    M = F.shape[0]
-    for i in range(0, M - 3, 4):
-        a, b, c, d = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        w, x, y, z = F[i], F[i + 1], F[i + 2], F[i + 3]
-        for j in range(e.shape[0]):
-            e[j] += a * w[j] + b * x[j] + c * y[j] + d * z[j]
-    for i in range(M - M % 4, M):
-        _add(F[i], weights[i], e)
-
-
-@summing
 def _dots(F, d, e):
     """F·e, F·d and d·e in one pass."""
     p = q = r = F[0] * 0
@@ -65,7 +38,7 @@ def _dots(F, d, e):
 @summing
 def _polar(x, F):
     """The length of x; its direction is put into F, which may not be x itself."""
-    size = np.sqrt(_dot(x, x) + x.dtype.type(1e-30))
+    size = np.sqrt(dot(x, x) + x.dtype.type(1e-30))
     scale = 1 / size
     for j in range(x.shape[0]):
         F[j] = x[j] * scale
@@ -77,7 +50,7 @@ def _error(correct, F, c, target, e):
     """e = target − Fᵀ c."""
     if correct:
         _clear(e)
-        _combine(c, F, e)
+        combine(c, F, e)
         for j in range(e.shape[0]):
             e[j] = target[j] - e[j]
     else:
@@ -89,7 +62,7 @@ def _write(n, F, c, rate, e, renormalise, n_new, F_new, grown, slot):
     """The slots after a write; `grown` is their length before it was made one again, if it was."""
     for i in range(F.shape[0]):
         r, row = rate * c[i] / n[i], F[i]
-        keep = n[i] - r * _dot(row, e)
+        keep = n[i] - r * dot(row, e)
         for j in range(e.shape[0]):
             slot[j] = keep * row[j] + r * e[j]
         grown[i] = _polar(slot, F_new[i])
@@ -115,9 +88,9 @@ def forward(first, last, every, correct, renormalise, by_slot, q, c, v, r, start
             _clear(y[row, t])
             if by_slot:
                 for i in range(M):
-                    y[row, t, i] = _dot(F[i], q[row, t])
+                    y[row, t, i] = dot(F[i], q[row, t])
             else:
-                _combine(q[row, t], F, y[row, t])
+                combine(q[row, t], F, y[row, t])
         for i in range(M):
             for j in range(D):
                 end[row, i, j] = n[i] * F[i, j]
@@ -161,7 +134,7 @@ def backward(first, last, every, correct, renormalise, by_slot, q, c, v, r, kept
 @summing
 def _across(F, d, n):
     """Through a direction: d = (I − F Fᵀ) d / n."""
-    along = _dot(F, d)
+    along = dot(F, d)
     for j in range(F.shape[0]):
         d[j] = (d[j] - along * F[j]) / n
 
@@ -171,10 +144,10 @@ def _unread(by_slot, F, n, q, d_y, d, d_q):
     """Gradients of the query, and, added to d, of the slots after the write: a direction's is (I − F Fᵀ) ∂ / n."""
     if by_slot:
         _clear(d_q)
-        _combine(d_y, F, d_q)
+        combine(d_y, F, d_q)
     for i in range(F.shape[0]):
         given = q if by_slot else d_y
-        along = _dot(F[i], given)
+        along = dot(F[i], given)
         if not by_slot:
             d_q[i] = along
         much = (d_y[i] if by_slot else q[i]) / n[i]
@@ -210,7 +183,7 @@ def _unwrite(correct, F, n, e, c, rate, d, d_c, d_e, d_p, along, known):
         to_e = F[0, 0] * 0
         weight = F[0, 0] * 0
         if correct:
-            to_e = _dot(F[i], d_e)
+            to_e = dot(F[i], d_e)
             weight = c[i]
             d_c[i] -= to_e
         back, over = d_p[i], r * p

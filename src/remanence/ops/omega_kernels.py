@@ -9,21 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from remanence.ops.chunk_kernels import add_scaled, dot
 from remanence.ops.compiled import gemm, summing
-
-
-@summing
-def _dot(x, y):
-    total = x[0] * 0
-    for d in range(x.shape[0]):
-        total += x[d] * y[d]
-    return total
-
-
-@summing
-def _add(a, x, y):
-    for d in range(y.shape[0]):
-        y[d] += a * x[d]
 
 
 @summing
@@ -35,7 +22,7 @@ def _combine(sign, weights, D, count, out):
         for e in range(out.shape[0]):
             out[e] += a * w[e] + b * x[e] + c * y[e] + d * z[e]
     for l in range(count - count % 4, count):
-        _add(sign * weights[l], D[l], out)
+        add_scaled(D[l], sign * weights[l], out)
 
 
 @summing
@@ -71,7 +58,7 @@ def _chunk(q, k, v, pair, a, W, alike, scores, said, read, products, D, found):
             for e in range(V):
                 f[e] = target[e] - products[t] * old[e]
             _combine(-1, alike[i], D[t], t + c - 1, f)
-            _add(pair[t, j], f, D[t + 1, i])
+            add_scaled(f, pair[t, j], D[t + 1, i])
 
 
 @summing
@@ -132,7 +119,7 @@ def backward(first, last, C, q, k, v, pair, a, befores, d_y, d_q, d_k, d_v, d_pa
             gemm(1, D[n, :l], False, dW, False, 1, dK)
             over = products[0] * 0
             for i in range(V):
-                over += _dot(dW[i], W[i])
+                over += dot(dW[i], W[i])
             for t in range(n + 1):
                 d_products[t] = 0
             d_products[n] = over
@@ -145,19 +132,19 @@ def backward(first, last, C, q, k, v, pair, a, befores, d_y, d_q, d_k, d_v, d_pa
                 dy, count = d_y[r, t0 + t], t + c - 1
                 for e in range(V):
                     d_read[t, e] = products[t + 1] * dy[e]
-                d_products[t + 1] += _dot(dy, read[t])
+                d_products[t + 1] += dot(dy, read[t])
                 for i in range(l):
-                    d_scores[t, i] = _dot(dy, D[t + 1, i]) if i < t + c else 0
+                    d_scores[t, i] = dot(dy, D[t + 1, i]) if i < t + c else 0
                 _spread(1, scores[t], dy, t + c, dD)
                 total = products[0] * 0
                 for i in range(count):
-                    total += _dot(dD[i], D[t, i])
+                    total += dot(dD[i], D[t, i])
                 now = a[r, t0 + t]
                 d_a[r, t0 + t] = total + d_products[t + 1] * products[t]
                 d_products[t] += d_products[t + 1] * now
                 for j in range(c):
                     i, strength = t + c - 1 - j, pair[r, t0 + t, j]
-                    d_pair[r, t0 + t, j] = _dot(dD[i], found[t, j])
+                    d_pair[r, t0 + t, j] = dot(dD[i], found[t, j])
                     for e in range(V):
                         given[j, e] = strength * dD[i, e]
                 for i in range(t + c):
@@ -166,11 +153,11 @@ def backward(first, last, C, q, k, v, pair, a, befores, d_y, d_q, d_k, d_v, d_pa
                 for j in range(c):
                     i = t + c - 1 - j
                     df = given[j]
-                    _add(1, df, dV[i])
-                    d_products[t] -= _dot(df, said[i])
-                    _add(-products[t], df, d_said[i])
+                    add_scaled(df, 1, dV[i])
+                    d_products[t] -= dot(df, said[i])
+                    add_scaled(df, -products[t], d_said[i])
                     for m in range(count):
-                        d_alike[i, m] -= _dot(df, D[t, m])
+                        d_alike[i, m] -= dot(df, D[t, m])
                     _spread(-1, alike[i], df, count, dD)
             for i in range(V):
                 for d in range(K):
