@@ -118,7 +118,7 @@ def fits(state: State, like: Form, batch: int) -> bool:
         if isinstance(want, dict):
             if not isinstance(value, dict) or not fits(value, want, batch):
                 return False
-        elif isinstance(value, dict) or value.shape != (batch, *want[0]) or kind(value) != want[1]:
+        elif isinstance(value, dict) or value.shape != (batch, *want[0]) or _kind(value.dtype) != want[1]:
             return False
     return True
 

@@ -7,11 +7,12 @@ import torch
 
 from remanence import catalogue
 from remanence.memory import make
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
 from remanence.ops.taps import tap
 
 STEPPED = [
-    "gated-deltanet", "deltanet", "kimi-delta", "gla", "linear-attention", "retnet", "mamba", "mamba2", "griffin",
+    "gated-deltanet", "deltanet", "kimi-delta", "efla", "deltaproduct", "gla", "linear-attention",
+    "retnet", "mamba", "mamba2", "griffin",
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
 ]  # fmt: skip
@@ -21,6 +22,8 @@ VARIANTS = [
     ("gated-deltanet", {"value_heads": 4}),
     ("gated-deltanet", {"negative": True, "gate": False}),
     ("gated-deltanet", {"writes": 2}),
+    ("deltaproduct", {"writes": 3, "value_heads": 4, "decay": False}),
+    ("deltanet", {"conv": 1}),
     ("mamba", {"norm_eps": 1e-5}),
     ("mamba2", {"groups": 1, "step_limit": (0.01, 0.05)}),
     ("mamba2", {"norm_groups": 4}),
@@ -54,7 +57,8 @@ def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
 
 
 TOKENS = {
-    "gated-deltanet": "gated_delta_token", "deltanet": "gated_delta_token", "kimi-delta": "gated_delta_token",
+    "gated-deltanet": "delta_token", "deltanet": "delta_token", "kimi-delta": "delta_token", "efla": "delta_token",
+    "deltaproduct": "delta_token",
     "gla": "outer_token", "linear-attention": "outer_token", "retnet": "outer_token", "mamba2": "state_space_token",
     "xlstm-7b": "exponential_token", "rwkv7": "replacement_token", "rwkv6": "read_before_write", "rwkv": "softmax_scan",
     "griffin": "rg_lru", "min-lstm": "min_gru",
@@ -66,8 +70,9 @@ def test_a_token_takes_one_compiled_step_unless_its_recurrence_is_watched_or_lea
     monkeypatch.setattr(steps, "STEP_FROM", 0)
     small = catalogue.cards("memory")[id].small
     memory, x, calls = make(id, **small), torch.randn(1, 1, small["dim"]), []
-    state, taken = memory.initial_state(1), Mock(side_effect=getattr(steps, step))
-    monkeypatch.setattr(steps, step, taken)
+    where = layer_steps if hasattr(layer_steps, step) else steps
+    state, taken = memory.initial_state(1), Mock(side_effect=getattr(where, step))
+    monkeypatch.setattr(where, step, taken)
     with torch.no_grad():
         memory(x, state)
         assert taken.call_count == 1

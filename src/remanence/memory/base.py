@@ -34,10 +34,12 @@ class Memory(nn.Module):
 
     def begin(self, x: Tensor, state: State | None) -> State:
         """Check `x` and the given state, and supply the initial one where none was given."""
+        like, shape = self._form, x.shape
+        fit = like is not None and len(shape) == 3 and shape[2] == self.dim
+        if fit and state is not None and fits(state, like, shape[0]):  # type: ignore[arg-type]
+            return state
         name = type(self).__name__
         expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
-        if state is not None and self._form is not None and fits(state, self._form, x.shape[0]):
-            return state
         fresh = self.initial_state(x.shape[0])
         self._form = form(fresh)
         if state is None:

@@ -31,6 +31,8 @@ class EFLA(DeltaNet):
     Source: Error-Free Linear Attention is a Free Lunch (2025), arXiv:2512.12602.
     """
 
+    exact = True
+
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         square = k.square().sum(-1).clamp(min=1e-12)  # as the key vanishes, the exact strength becomes β
         return k, -torch.expm1(-beta * square) / square

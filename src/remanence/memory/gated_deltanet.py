@@ -20,7 +20,8 @@ from remanence.memory.parts import (
     wide,
     zeros,
 )
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
+from remanence.ops.layer_steps import Readout
 from remanence.state import State
 
 
@@ -60,6 +61,9 @@ class GatedDeltaNet(Memory):
         `StateError` from `forward`.
     Source: Gated Delta Networks (2024), arXiv:2412.06464.
     """
+
+    exact = False
+    """Whether `write` is that of `EFLA`, for the compiled step."""
 
     def __init__(
         self,
@@ -101,20 +105,25 @@ class GatedDeltaNet(Memory):
         return {"S": S, "conv": self.conv.initial_state(batch)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        y, state = self.recall(x, state)
+        state = self.begin(x, state)
+        if self._steps(x, state):
+            y, state = self._token(x, state, self.readout.plan(x))
+            return self.readout.out(y), state
+        y, state = self._read(x, state)
         return self.readout(y, x), state
 
     def recall(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """What the memories answer, before the readout: [batch, value_heads, time, V]."""
         state = self.begin(x, state)
+        if self._steps(x, state):
+            y, state = self._token(x, state)
+            return split(y, self.value_heads), state
+        return self._read(x, state)
+
+    def _read(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"], silu=True)
-        beta = self.beta(x)
-        if x.shape[1] == 1 and self._is_plain() and steps.worth(state["S"], mixed, beta):
-            decay = () if self.decay is None else self.decay.logits(x)
-            y, S = steps.gated_delta_token(mixed, self.heads, beta, self.most, state["S"], *decay)
-            return y, {"S": S, "conv": conv}
         q, k, v = mixed.split(self.widths, -1)
-        k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, beta))
+        k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = l2_norm(split(q, self.heads), scale=self.head_dim**-0.5)
         if self.value_heads > self.heads:
@@ -126,11 +135,18 @@ class GatedDeltaNet(Memory):
         y = y if self.writes == 1 else y[:, :, self.writes - 1 :: self.writes]
         return y, {"S": S, "conv": conv}
 
-    def _is_plain(self) -> bool:
-        """Whether this is the rule itself, with one write per token, and no variant."""
-        kind = type(self)
-        own = kind.write is GatedDeltaNet.write and kind.rule is GatedDeltaNet.rule
-        return own and self.writes == 1 and type(self.decay) in (DecayGate, FeatureDecay, type(None))
+    def _steps(self, x: Tensor, state: State) -> bool:
+        """Whether a token of this rule is to take the compiled form; a variant with a rule of its own has none."""
+        plain = type(self).rule is GatedDeltaNet.rule and (self.exact or type(self).write is GatedDeltaNet.write)
+        return x.shape[1] == 1 and plain and steps.worth(x, state["S"])
+
+    def _token(self, x: Tensor, state: State, readout: Readout | None = None) -> tuple[Tensor, State]:
+        decay = None if self.decay is None else self.decay.logits(x)
+        y, S, tail = layer_steps.delta_token(
+            self.q(x), self.kv(x), self.beta(x), self.conv.weight, state["conv"]["tail"], state["S"], self.heads,
+            self.most, decay, readout, exact=self.exact,
+        )  # fmt: skip
+        return y, {"S": S, "conv": {"tail": tail}}
 
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and strengths that are written with, from those projected: [B, H, T, K] and [B, H, T]."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from remanence import ops
 from remanence.ops import steps
+from remanence.ops.layer_steps import Decay, Readout
 from remanence.ops.norm import normalise
 from remanence.state import State
 
@@ -164,9 +165,9 @@ class DecayGate(nn.Module):
         step = F.softplus(wide(self.step(x)) + wide(self.bias))
         return -(wide(self.rate).exp() * step).transpose(1, 2)
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the decay is made of: `steps.gated_delta_token` makes it."""
-        return self.step(x), self.rate, self.bias
+    def logits(self, x: Tensor) -> Decay:
+        """What the decay is made of, for the compiled steps."""
+        return Decay(self.step(x), self.rate, self.bias)
 
 
 class FeatureDecay(nn.Module):
@@ -190,9 +191,9 @@ class FeatureDecay(nn.Module):
         rate = wide(self.rate).exp()[:, None, None]
         return -rate * F.softplus(step) if self.bound is None else self.bound * torch.sigmoid(rate * step)
 
-    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float | None]:
-        """What the decay is made of: `steps.gated_delta_token` makes it."""
-        return self.step(x), self.rate, self.bias, self.bound
+    def logits(self, x: Tensor) -> Decay:
+        """What the decay is made of, for the compiled steps."""
+        return Decay(self.step(x), self.rate, self.bias, self.bound)
 
 
 class GatedReadout(nn.Module):
@@ -227,6 +228,11 @@ class GatedReadout(nn.Module):
         elif activation is not None and rank is not None:
             self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, width))
         self.out = nn.Linear(width, dim, bias=False)
+
+    def plan(self, x: Tensor) -> Readout:
+        """The same up to the projection, for the compiled steps, which know the gates in `ACTIVATIONS`."""
+        gate = None if self.gate is None else self.gate(x)
+        return Readout(self.norm.weight, gate, self.eps, ACTIVATIONS[self.activation or F.silu])
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         gate, kind = None if self.gate is None else self.gate(x), ACTIVATIONS.get(self.activation or F.silu)

@@ -39,29 +39,29 @@ def at(one, address, shape):
 
 
 @jit
-def _sigmoid(x):
+def sigmoid(x):
     return sigmoid_and_silu(x)[0]
 
 
 @jit
-def _softplus(x):
+def softplus(x):
     return x if x > 20 else math.log1p(math.exp(x))
 
 
 @jit
-def _add(x, scale, out):
+def add(x, scale, out):
     for d in range(out.shape[0]):
         out[d] += scale * x[d]
 
 
 @jit
-def _activate(x):
+def activate(x):
     for d in range(x.shape[0]):
         x[d] = sigmoid_and_silu(x[d])[1]
 
 
 @summing
-def _read_both(a, b, S, u, w):
+def read_both(a, b, S, u, w):
     """u = Sᵀ a and w = Sᵀ b, of one look at S, two key features at a time."""
     K, V = S.shape
     for j in range(V):
@@ -75,8 +75,8 @@ def _read_both(a, b, S, u, w):
             u[j] += a0 * first[j] + a1 * second[j]
             w[j] += b0 * first[j] + b1 * second[j]
     if even < K:
-        _add(S[even], a[even], u)
-        _add(S[even], b[even], w)
+        add(S[even], a[even], u)
+        add(S[even], b[even], w)
 
 
 @jit
@@ -89,7 +89,7 @@ def _write(start, decays, k, new, S):
 
 
 @jit
-def _write_and_read(start, decays, k, new, q, S, out):
+def write_and_read(start, decays, k, new, q, S, out):
     """The same, and out = Sᵀ q, of one look at S."""
     fill(out, 0)
     for i in range(S.shape[0]):
@@ -121,6 +121,23 @@ def _four_taps(w, old, new, out):
 
 
 @jit
+def convolve(weight, tail, new, out, after):
+    """out += Σ_j weight[:, j] ⊙ (tail, then new)[j], and the next tail: weight [D, width], tail [width − 1, D]."""
+    D, width = weight.shape
+    if width == 4:
+        _four_taps(weight.reshape(-1), tail, new, out)
+    else:
+        for j in range(width):
+            seen = tail[j] if j < width - 1 else new
+            for d in range(D):
+                out[d] += weight[d, j] * seen[d]
+    for j in range(width - 2):
+        copy_row(tail[j + 1], after[j])
+    if width > 1:
+        copy_row(new, after[width - 2])
+
+
+@jit
 def causal_conv(one, tails, xs, weights, biases, ys, afters, B, D, width, silu):
     """tail and after [B, width − 1, D], x and y [B, D], weight [D, width], bias [D] or absent."""
     tail, after = at(one, tails, (B, width - 1, D)), at(one, afters, (B, width - 1, D))
@@ -132,24 +149,14 @@ def causal_conv(one, tails, xs, weights, biases, ys, afters, B, D, width, silu):
             copy_row(bias, out)
         else:
             fill(out, 0)
-        if width == 4:
-            _four_taps(weight.reshape(-1), tail[b], new, out)
-        else:
-            for j in range(width):
-                seen = tail[b, j] if j < width - 1 else new
-                for d in range(D):
-                    out[d] += weight[d, j] * seen[d]
+        convolve(weight, tail[b], new, out, after[b])
         if silu:
-            _activate(out)
-        for j in range(width - 2):
-            copy_row(tail[b, j + 1], after[b, j])
-        if width > 1:
-            copy_row(new, after[b, width - 2])
+            activate(out)
 
 
 @jit
 def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred, kind, share, eps):
-    """Rows [rows, width], each by its own: weight and bias [groups, width] go round with the rows."""
+    """Rows [rows, width], each by its own: weight and bias [groups, width] go round with the rows; y may be x."""
     x, y, gate = at(one, xs, (rows, width)), at(one, ys, (rows, width)), at(one, gates, (rows, width))
     weight, bias = at(one, weights, (groups, width)), at(one, biases, (groups, width))
     for i in range(rows):
@@ -170,7 +177,7 @@ def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred,
             for d in range(width):
                 out[d] *= scale[d]
         if biases:
-            _add(bias[i % groups], one, out)
+            add(bias[i % groups], one, out)
         if kind == SILU:
             g = gate[i]
             for d in range(width):
@@ -178,7 +185,7 @@ def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred,
         elif kind == SIGMOID:
             g = gate[i]
             for d in range(width):
-                out[d] *= _sigmoid(g[d])
+                out[d] *= sigmoid(g[d])
 
 
 @jit
@@ -217,15 +224,15 @@ def min_gru(one, zs, starts, hs, B, D, gates):
         row, before, now = z[i], start[i], h[i]
         first, candidate = row[:D], row[gates * D :]
         for d in range(D):
-            now[d] = _sigmoid(first[d])
+            now[d] = sigmoid(first[d])
         if gates == 2:  # the first forgets, the second writes
             second = row[D : 2 * D]
             for d in range(D):
-                share = _sigmoid(second[d])
+                share = sigmoid(second[d])
                 now[d] = share / (share + now[d])
         for d in range(D):
             x = candidate[d]
-            new = x + 0.5 if x >= 0 else _sigmoid(x)
+            new = x + 0.5 if x >= 0 else sigmoid(x)
             now[d] = before[d] + now[d] * (new - before[d])
 
 
@@ -234,7 +241,7 @@ def _blocks(x, weight, bias, y):
     """y [blocks, size] = x of a block times its matrix, weight [blocks, in, out], plus bias."""
     for n in range(x.shape[0]):
         read(x[n], weight[n], y[n])
-        _add(bias[n], bias.dtype.type(1), y[n])
+        add(bias[n], bias.dtype.type(1), y[n])
 
 
 @jit
@@ -256,7 +263,7 @@ def rg_lru(one, us, decay_maps, decay_biases, input_maps, input_biases, rates, s
         _blocks(new.reshape((blocks, size)), slow, slow_bias, first)
         _blocks(new.reshape((blocks, size)), take, take_bias, second)
         for d in range(D):
-            now[d] = -8 * _sigmoid(forget[d]) * rate[d]
+            now[d] = -8 * sigmoid(forget[d]) * rate[d]
         fill(series, 1)
         for n in range(15, 1, -1):
             part = h.dtype.type(2 / n)
@@ -266,7 +273,7 @@ def rg_lru(one, us, decay_maps, decay_biases, input_maps, input_biases, rates, s
             double = 2 * now[d]
             lost = -double * series[d] if double > -0.5 else one - decay(double)
             scale = one if empty[i] else math.sqrt(lost)
-            now[d] = decay(now[d]) * before[d] + scale * _sigmoid(into[d]) * new[d]
+            now[d] = decay(now[d]) * before[d] + scale * sigmoid(into[d]) * new[d]
 
 
 @jit
@@ -285,7 +292,7 @@ def linear_attention(one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, decays):
                 rates = g[b, h]
                 for i in range(K):
                     a[i] = decay(rates[i])
-            _write_and_read(start[b, h], a, k[b, h], v[b, h], q[b, h], S[b, h], y[b, h])
+            write_and_read(start[b, h], a, k[b, h], v[b, h], q[b, h], S[b, h], y[b, h])
 
 
 @jit
@@ -315,12 +322,12 @@ def outer_token(
             elif forget == CHOSEN:
                 rates = logits[b, h]
                 for i in range(K):
-                    a[i] = y.dtype.type(-_softplus(-rates[i]) / temper)
+                    a[i] = y.dtype.type(-softplus(-rates[i]) / temper)
                 for i in range(K):
                     a[i] = decay(a[i])
             copy_row(v[b, h], new[:V])
             out = y[b, h]
-            _write_and_read(start[b, h], a, early, new, late, S[b, h], found)
+            write_and_read(start[b, h], a, early, new, late, S[b, h], found)
             by = 1 / (found[V] + y.dtype.type(eps)) if mean else one
             for d in range(V):
                 out[d] = found[d] * by
@@ -334,7 +341,7 @@ def _features(x, scale, kind, out):
         for i in range(x.shape[0]):
             out[i] = out[i] + 1 if out[i] > 0 else decay(out[i])
     elif kind == SILU:
-        _activate(out)
+        activate(out)
 
 
 @jit
@@ -353,7 +360,7 @@ def read_before_write(one, qs, ks, vs, gs, bonuses, starts, ys, ends, B, H, K, V
                 own += late[i] * extra[i] * early[i]
                 a[i] = decay(rates[i])
             _read_and_write(start[b, h], a, early, v[b, h], late, S[b, h], out)
-            _add(v[b, h], own, out)
+            add(v[b, h], own, out)
 
 
 @jit
@@ -371,13 +378,13 @@ def state_space_token(one, mixes, zs, steps, biases, rates, skips, starts, ys, e
         for h in range(H):
             place = H * V + h // (H // G) * K
             u, early, late = row[h * V : (h + 1) * V], row[place : place + K], row[place + G * K : place + (G + 1) * K]
-            size = y.dtype.type(min(max(_softplus(step[b, h] + bias[h]), least), most))
+            size = y.dtype.type(min(max(softplus(step[b, h] + bias[h]), least), most))
             fill(a, decay(y.dtype.type(-math.exp(rate[h]) * size)))
             for d in range(V):
                 new[d] = size * u[d]
             read_out = out[h * V : (h + 1) * V]
-            _write_and_read(start[b, h], a, early, new, late, S[b, h], read_out)
-            _add(u, skip[h], read_out)
+            write_and_read(start[b, h], a, early, new, late, S[b, h], read_out)
+            add(u, skip[h], read_out)
         logits = z[b]
         for d in range(H * V):
             out[d] *= sigmoid_and_silu(logits[d])[1]
@@ -404,7 +411,7 @@ def exponential_token(
             into, keep = np.float64(gate[b, h]), np.float64(gate[b, H + h])
             if cap:
                 into, keep = cap * math.tanh(into / cap), cap * math.tanh(keep / cap)
-            keep = max(-_softplus(-keep), FLOOR) + top[b, h]
+            keep = max(-softplus(-keep), FLOOR) + top[b, h]
             m[b, h] = max(keep, into)
             kept, written = math.exp(keep - m[b, h]), math.exp(into - m[b, h])
             fill(a, kept)
@@ -416,7 +423,7 @@ def exponential_token(
                 seen += counted[i] * q[b, h, i]
             seen *= 1 / math.sqrt(K)
             out = y[b, h]
-            _write_and_read(start[b, h], a, early, v[b, h], late, C[b, h], out)
+            write_and_read(start[b, h], a, early, v[b, h], late, C[b, h], out)
             size = y.dtype.type(1 / (max(abs(seen), math.exp(-m[b, h])) + eps))
             for d in range(V):
                 out[d] *= size
@@ -481,10 +488,10 @@ def _delta(late, early, new, beta, a, start, error, seen, found, out, S):
     for i in range(a.shape[0]):
         seen[i] = a[i] * late[i]
         found[i] = a[i] * early[i]
-    _read_both(found, seen, start, error, out)
+    read_both(found, seen, start, error, out)
     for d in range(new.shape[0]):
         error[d] = beta * (new[d] - error[d])
-    _add(error, dot(late, early), out)
+    add(error, dot(late, early), out)
     _write(start, a, early, error, S)
 
 
@@ -504,45 +511,6 @@ def gated_delta_rule(one, qs, ks, vs, betas, gs, starts, ys, ends, B, H, K, V):
 
 
 @jit
-def gated_delta_token(
-    one, mixes, betas, steps, rates, biases, starts, ys, ends, B, heads, M, K, V, decays, bound, most, eps
-):
-    """The same from what the layer projects: queries, keys and values side by side, logits of β and of the decays."""
-    mixed = at(one, mixes, (B, 2 * heads * K + M * V))
-    beta, step, rate, bias = (
-        at(one, betas, (B, M)), at(one, steps, (B, M, decays)), at(one, rates, (M,)), at(one, biases, (M, decays)),
-    )  # fmt: skip
-    start, S, y = at(one, starts, (B, M, K, V)), at(one, ends, (B, M, K, V)), at(one, ys, (B, M, V))
-    error, a, seen, found = np.empty(V, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
-    late, early = np.empty(K, y.dtype), np.empty(K, y.dtype)
-    share = M // heads
-    fill(a, 1)
-    for b in range(B):
-        row = mixed[b]
-        for m in range(M):
-            place = m // share * K
-            q, k = row[place : place + K], row[heads * K + place : heads * K + place + K]
-            new = row[2 * heads * K + m * V : 2 * heads * K + (m + 1) * V]
-            if m % share == 0:
-                by_q = y.dtype.type(1 / math.sqrt(K * (dot(q, q) + eps)))
-                by_k = y.dtype.type(1 / math.sqrt(dot(k, k) + eps))
-                for i in range(K):
-                    late[i] = q[i] * by_q
-                    early[i] = k[i] * by_k
-            if decays:
-                speed = math.exp(rate[m])
-                for i in range(decays):
-                    z = step[b, m, i] + bias[m, i]
-                    a[i] = -speed * _softplus(z) if bound == 0 else bound / (1 + math.exp(-speed * z))
-                for i in range(decays):
-                    a[i] = decay(a[i])
-                if decays == 1:
-                    fill(a, a[0])
-            strength = y.dtype.type(most / (1 + math.exp(-beta[b, m])))
-            _delta(late, early, new, strength, a, start[b, m], error, seen, found, y[b, m], S[b, m])
-
-
-@jit
 def dplr(one, qs, ks, vs, firsts, seconds, gs, starts, ys, ends, B, H, K, V):
     q, k, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gs, (B, H, K))
     a, b = at(one, firsts, (B, H, K)), at(one, seconds, (B, H, K))
@@ -559,9 +527,9 @@ def dplr(one, qs, ks, vs, firsts, seconds, gs, starts, ys, ends, B, H, K, V):
                     decays[i] = decay(rates[i])
             for i in range(K):
                 seen[i] = late[i] * decays[i]
-            _read_both(a[n, h], seen, start[n, h], found, out)
-            _add(new, dot(late, early), out)
-            _add(found, dot(late, along), out)
+            read_both(a[n, h], seen, start[n, h], found, out)
+            add(new, dot(late, early), out)
+            add(found, dot(late, along), out)
             write(start[n, h], S[n, h], found, early, new, along, decays)
 
 
@@ -585,12 +553,12 @@ def replacement_token(
         for h in range(H):
             late, new, out, self_read = q[b, h], v[b, h], y[b, h], own[b, h]
             for i in range(K):
-                a[i] = decay(lowest * _sigmoid(slow[b, h, i]))
+                a[i] = decay(lowest * sigmoid(slow[b, h, i]))
             for i in range(K):
                 removed[i] = k[b, h, i] * removal[h, i]
             by = y.dtype.type(1 / math.sqrt(dot(removed, removed) + 1e-12))
             for i in range(K):
-                rate = _sigmoid(quick[b, h, i])
+                rate = sigmoid(quick[b, h, i])
                 removed[i] *= -by
                 along[i] = -rate * removed[i]
                 early[i] = k[b, h, i] * (one + (rate - one) * replacement[h, i])
@@ -600,9 +568,9 @@ def replacement_token(
                 present += late[i] * early[i] * bonus[h, i]
             for d in range(K):
                 self_read[d] = present * new[d]
-            _read_both(removed, seen, start[b, h], found, out)
-            _add(new, dot(late, early), out)
-            _add(found, dot(late, along), out)
+            read_both(removed, seen, start[b, h], found, out)
+            add(new, dot(late, early), out)
+            add(found, dot(late, along), out)
             write(start[b, h], S[b, h], found, early, new, along, a)
 
 

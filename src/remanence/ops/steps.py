@@ -33,33 +33,41 @@ def worth(x: Tensor, *others: Tensor | None) -> bool:
     return dtype == torch.float32 or dtype == torch.float64
 
 
-class _Kernels:
-    """The compiled functions, loaded when one is first called: Numba takes half a second."""
+class Kernels:
+    """The compiled functions of a module here, loaded when one is first called: Numba takes half a second."""
+
+    def __init__(self, module: str):
+        self.module = module
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(importlib.import_module("remanence.ops.step_kernels"), name)
+        found = getattr(importlib.import_module(f"remanence.ops.{self.module}"), name)
         setattr(self, name, found)
         return found
 
 
-kernels = _Kernels()
+kernels = Kernels("step_kernels")
 _ONE = {torch.float32: np.float32(1), torch.float64: np.float64(1)}
 
 
-def _run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> None:
+def run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> None:
     """Call a kernel with where its tensors lie, in the precision of the last; an absent one lies nowhere."""
-    dtype = tensors[-1].dtype  # type: ignore[union-attr]
-    ready = [  # a copy must live until the kernel has read it
-        x if x is None or (x.dtype == dtype and x.is_contiguous()) else x.to(dtype).contiguous() for x in tensors
-    ]
-    kernel(_ONE[dtype], *[0 if x is None else x.data_ptr() for x in ready], *how)
+    dtype, addresses, copies = tensors[-1].dtype, [], []  # type: ignore[union-attr]
+    for x in tensors:
+        if x is None:
+            addresses.append(0)
+            continue
+        if x.dtype is not dtype or not x.is_contiguous():
+            x = x.to(dtype).contiguous()
+            copies.append(x)  # which must live until the kernel has read it
+        addresses.append(x.data_ptr())
+    kernel(_ONE[dtype], *addresses, *how)
 
 
-def _blank(like: Tensor) -> Tensor:
+def blank(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _fits(where: str, state: Tensor, *shape: int) -> None:
+def fits(where: str, state: Tensor, *shape: int) -> None:
     """A kernel reads whatever lies where it is told: a state of another shape must not reach it."""
     if state.shape != shape:
         raise ShapeError(f"{where}: the state must be {list(shape)}, got {list(state.shape)}.")
@@ -68,9 +76,9 @@ def _fits(where: str, state: Tensor, *shape: int) -> None:
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     """y and the next tail."""
     (B, _, D), width = x.shape, weight.shape[1]
-    _fits("causal_conv", tail, B, width - 1, D)
-    y, after = _blank(x), _blank(tail)
-    _run(kernels.causal_conv, (tail, x, weight, bias, y, after), B, D, width, silu)
+    fits("causal_conv", tail, B, width - 1, D)
+    y, after = blank(x), blank(tail)
+    run(kernels.causal_conv, (tail, x, weight, bias, y, after), B, D, width, silu)
     return y, after
 
 
@@ -92,35 +100,35 @@ def normalise(
     heads: int = 1,
 ) -> Tensor:
     """`ops.normalise`, also of each of `heads` parts of the last axis, `centred` to mean 0, or with another gate."""
-    width, y = x.shape[-1] // heads, _blank(x)
+    width, y = x.shape[-1] // heads, blank(x)
     groups = 1 if weight is None else weight.numel() // width
     how = centred, kind if gate is not None else PLAIN, (1 / width if mean else 1.0) / scale**2, eps / scale**2
-    _run(kernels.normalise, (x, weight, bias, gate, y), x.numel() // width, width, groups, *how)
+    run(kernels.normalise, (x, weight, bias, gate, y), x.numel() // width, width, groups, *how)
     return y
 
 
 def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
     """`memory.parts.rotate`: x [B, H, 1, K], start int64 [B], frequencies float64 [K/2]."""
-    (B, H, _, K), y = x.shape, _blank(x)
+    (B, H, _, K), y = x.shape, blank(x)
     start, frequencies = start.contiguous(), frequencies.contiguous()
-    _fits("rotate", start, B)
-    _run(kernels.rotate, (x, y), start.data_ptr(), frequencies.data_ptr(), B, H, K)
+    fits("rotate", start, B)
+    run(kernels.rotate, (x, y), start.data_ptr(), frequencies.data_ptr(), B, H, K)
     return y
 
 
 def scan(g: Tensor, b: Tensor, start: Tensor) -> Tensor:
     """The next h [B, D]."""
     B, _, D = b.shape
-    _fits("scan", start, B, D)
-    h = _blank(start)
-    _run(kernels.scan, (g, b, start, h), B, D)
+    fits("scan", start, B, D)
+    h = blank(start)
+    run(kernels.scan, (g, b, start, h), B, D)
     return h
 
 
 def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
     """The next h [B, D] of a GRU or LSTM whose gates see only the input: z [B, 1, (gates + 1)·D] are all logits."""
-    h = _blank(start)
-    _run(kernels.min_gru, (z, start, h), *start.shape, gates)
+    h = blank(start)
+    run(kernels.min_gru, (z, start, h), *start.shape, gates)
     return h
 
 
@@ -137,18 +145,18 @@ def rg_lru(
     Decay and input gates are given by their maps, block by block: weights [blocks, in, out] and biases [D]. Rate [D];
     empty bool [B].
     """
-    h, empty, (blocks, size, _) = _blank(start), empty.contiguous(), decay[0].shape
-    _fits("rg_lru", start, len(u), blocks * size)
-    _run(kernels.rg_lru, (u, *decay, *into, rate, start, h), empty.data_ptr(), len(u), blocks, size)
+    h, empty, (blocks, size, _) = blank(start), empty.contiguous(), decay[0].shape
+    fits("rg_lru", start, len(u), blocks * size)
+    run(kernels.rg_lru, (u, *decay, *into, rate, start, h), empty.data_ptr(), len(u), blocks, size)
     return h
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
     (B, H, _, K), V = k.shape, v.shape[3]
-    _fits("linear_attention", start, B, H, K, V)
-    y, S = _blank(v), _blank(start)
+    fits("linear_attention", start, B, H, K, V)
+    y, S = blank(v), blank(start)
     decays = 0 if g is None else 1 if g.ndim == 3 else K
-    _run(kernels.linear_attention, (q, k, v, g, start, y, S), B, H, K, V, decays)
+    run(kernels.linear_attention, (q, k, v, g, start, y, S), B, H, K, V, decays)
     return y, S
 
 
@@ -177,10 +185,10 @@ def outer_token(
     """
     B, H, K, columns = start.shape
     V = columns if mean is None else columns - 1
-    y, S = v.new_empty(B, H, 1, V), _blank(start)
+    y, S = v.new_empty(B, H, 1, V), blank(start)
     forget = 1 if fixed is not None else 2 if chosen is not None else 0
     how = features, float(scale), float(key_scale), forget, float(temper), mean is not None, float(mean or 0)
-    _run(kernels.outer_token, (q, k, v, chosen if fixed is None else fixed, start, y, S), B, H, K, V, *how)
+    run(kernels.outer_token, (q, k, v, chosen if fixed is None else fixed, start, y, S), B, H, K, V, *how)
     return y, S
 
 
@@ -189,9 +197,9 @@ def read_before_write(
 ) -> tuple[Tensor, Tensor]:
     """y = rᵀ (S + Diag(bonus) k vᵀ), and S = Diag(exp g) S + k vᵀ only then: r, k, g [B, H, 1, K], bonus [H, 1, K]."""
     (B, H, _, K), V = k.shape, v.shape[3]
-    _fits("read_before_write", start, B, H, K, V)
-    y, S = _blank(v), _blank(start)
-    _run(kernels.read_before_write, (r, k, v, g, bonus, start, y, S), B, H, K, V)
+    fits("read_before_write", start, B, H, K, V)
+    y, S = blank(v), blank(start)
+    run(kernels.read_before_write, (r, k, v, g, bonus, start, y, S), B, H, K, V)
     return y, S
 
 
@@ -212,9 +220,9 @@ def state_space_token(
     bias, rate (a logarithm) and skip [H], start [B, H, K, V].
     """
     B, H, K, V = start.shape
-    y, S = _blank(z), _blank(start)
+    y, S = blank(z), blank(start)
     given = mixed, z, step, bias, rate, skip, start, y, S
-    _run(kernels.state_space_token, given, B, H, groups, K, V, float(limit[0]), float(limit[1]))
+    run(kernels.state_space_token, given, B, H, groups, K, V, float(limit[0]), float(limit[1]))
     return y, S
 
 
@@ -226,9 +234,9 @@ def exponential_token(
     Shapes: q, k [B, 1, H·K], v and y [B, 1, H·V], the state that of `expgate`.
     """
     C, n, m = state["C"], state["n"].double().contiguous(), state["m"].double().contiguous()
-    y, S, count, top = _blank(v), _blank(C), _blank(n), _blank(m)
+    y, S, count, top = blank(v), blank(C), blank(n), blank(m)
     exact = n.data_ptr(), count.data_ptr(), m.data_ptr(), top.data_ptr()
-    _run(kernels.exponential_token, (q, k, v, gates, C, y, S), *exact, *C.shape, float(cap or 0), eps)
+    run(kernels.exponential_token, (q, k, v, gates, C, y, S), *exact, *C.shape, float(cap or 0), eps)
     return y, {"C": S, "n": count, "m": top}
 
 
@@ -238,10 +246,10 @@ def softmax_scan(
     B, _, D = score.shape
     w, u, m = state["w"], state["u"], state["m"].double().contiguous()
     for held in (w, u, m):
-        _fits("softmax_scan", held, B, D)
-    y, new_w, new_u, top = _blank(value), _blank(w), _blank(u), _blank(m)
+        fits("softmax_scan", held, B, D)
+    y, new_w, new_u, top = blank(value), blank(w), blank(u), blank(m)
     given = score, value, log_decay, bonus, w, u, y, new_w, new_u
-    _run(kernels.softmax_scan, given, m.data_ptr(), top.data_ptr(), B, D)
+    run(kernels.softmax_scan, given, m.data_ptr(), top.data_ptr(), B, D)
     return y, {"w": new_w, "u": new_u, "m": top}
 
 
@@ -251,9 +259,9 @@ def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
     mix is [n, D], or one for each row, [n, B, 1, D].
     """
     (B, _, D), blends = x.shape, mix.shape[0]
-    _fits("token_shift", last, B, D)
-    y, newest = x.new_empty(blends, B, 1, D), _blank(last)
-    _run(kernels.token_shift, (x, last, mix, newest, y), blends, B, D, mix.numel() > blends * D)
+    fits("token_shift", last, B, D)
+    y, newest = x.new_empty(blends, B, 1, D), blank(last)
+    run(kernels.token_shift, (x, last, mix, newest, y), blends, B, D, mix.numel() > blends * D)
     return y, newest
 
 
@@ -261,39 +269,9 @@ def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     (B, H, _, K), V = k.shape, v.shape[3]
-    _fits("gated_delta_rule", start, B, H, K, V)
-    y, S = _blank(v), _blank(start)
-    _run(kernels.gated_delta_rule, (q, k, v, beta, g, start, y, S), B, H, K, V)
-    return y, S
-
-
-def gated_delta_token(
-    mixed: Tensor,
-    heads: int,
-    beta: Tensor,
-    most: float,
-    start: Tensor,
-    step: Tensor | None = None,
-    rate: Tensor | None = None,
-    bias: Tensor | None = None,
-    bound: float | None = None,
-    *,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule from what a layer projects, which saves the dozen operations in between.
-
-    Queries and keys are brought to unit length, and queries scaled by K^{-1/2}; β is `most`·σ of its logits. The log
-    decay, where there is one, is −exp(`rate`)·softplus(`step` + `bias`), or `bound`·σ(exp(`rate`)·(`step` + `bias`)).
-    Heads of queries and keys serve several values.
-
-    Shapes: mixed [B, 1, 2·heads·K + M·V], beta [B, 1, M], step [B, 1, M] or [B, 1, M·K], bias alike, rate [M],
-    start [B, M, K, V] -> y [B, M, 1, V] and the next state.
-    """
-    B, M, K, V = start.shape
-    decays = 0 if step is None else step.shape[2] // M
-    y, S = start.new_empty(B, M, 1, V), _blank(start)
-    given = mixed, beta, step, rate, bias, start, y, S
-    _run(kernels.gated_delta_token, given, B, heads, M, K, V, decays, float(bound or 0), float(most), eps)
+    fits("gated_delta_rule", start, B, H, K, V)
+    y, S = blank(v), blank(start)
+    run(kernels.gated_delta_rule, (q, k, v, beta, g, start, y, S), B, H, K, V)
     return y, S
 
 
@@ -301,9 +279,9 @@ def dplr(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, g: Tensor | None, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     (B, H, _, K), V = k.shape, v.shape[3]
-    _fits("dplr", start, B, H, K, V)
-    y, S = _blank(v), _blank(start)
-    _run(kernels.dplr, (q, k, v, a, b, g, start, y, S), B, H, K, V)
+    fits("dplr", start, B, H, K, V)
+    y, S = blank(v), blank(start)
+    run(kernels.dplr, (q, k, v, a, b, g, start, y, S), B, H, K, V)
     return y, S
 
 
@@ -324,9 +302,9 @@ def replacement_token(
     Shapes: r, k, v and the logits of decay and rate [B, 1, H·K]; removal, replacement and bonus [H·K] in any shape.
     """
     B, H, K, _ = start.shape
-    y, own, S = _blank(v), _blank(v), _blank(start)
+    y, own, S = blank(v), blank(v), blank(start)
     given = r, k, v, decay, rate, removal, replacement, bonus, start, y, own, S
-    _run(kernels.replacement_token, given, B, H, K, lowest)
+    run(kernels.replacement_token, given, B, H, K, lowest)
     return y, own, S
 
 
@@ -334,7 +312,7 @@ def selective_scan(
     x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
     (batch, _, D), N = x.shape, B.shape[2]
-    _fits("selective_scan", start, batch, D, N)
-    y, h = _blank(x), _blank(start)
-    _run(kernels.selective_scan, (x, delta, A, B, C, start, y, h), batch, D, N)
+    fits("selective_scan", start, batch, D, N)
+    y, h = blank(x), blank(start)
+    run(kernels.selective_scan, (x, delta, A, B, C, start, y, h), batch, D, N)
     return y, h
