@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from remanence import catalogue
 from remanence.errors import StateError
 from remanence.memory.base import Memory, ragged
+from remanence.memory.pieces import in_pieces
 from remanence.state import State, concat, flatten, fork, load, nbytes, save, select, tree_map
 
 CARDS = catalogue.cards("memory")
@@ -70,15 +71,17 @@ def same(got: Tensor | State, want: Tensor | State, tolerance: float = 1e-9) -> 
         )
 
 
-def gradients(memory: Memory, x: Tensor, y: Tensor, state: State) -> State:
-    """Of a random function of the outputs and the final state, for the input and every parameter."""
+def gradients(memory: Memory, x: Tensor, y: Tensor, state: State, before: Tensor | None = None) -> State:
+    """Of a random function of the outputs and the final state, for the input, every parameter, and an input before."""
     source = torch.Generator().manual_seed(3)
     ends = {"y": y, **{p: t for p, t in flatten(state).items() if t.is_floating_point()}}
     loss = sum((t * torch.randn(t.shape, generator=source, dtype=torch.float64).to(t)).sum() for t in ends.values())
-    leaves = {"x": x, **dict(memory.named_parameters())}
+    leaves = {"x": x, **dict(memory.named_parameters())} | ({} if before is None else {"before": before})
     if not loss.requires_grad:  # nothing was read
         return {}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        loss, list(leaves.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return {name.replace(".", "/"): g for name, g in zip(leaves, found, strict=True)}
 
 
@@ -102,6 +105,16 @@ def resumes(memory: Memory, x: Tensor, cuts: list[int], begin: State | None, tol
     same(joined, y, tolerance)
     same(state, end, tolerance)
     same(gradients(memory, x, joined, state), gradients(memory, x, y, end), tolerance)
+
+
+def reads_in_pieces(memory: Memory, time: int, piece: int) -> None:
+    first, x = tokens(memory, 2, 3, seed=5).requires_grad_(), tokens(memory, 2, time).requires_grad_()
+    start = memory(first)[1]
+    for begin in (None, start):
+        (y, end), (want, want_end) = in_pieces(memory, x, begin, piece=piece), memory(x, begin)
+        same(y, want)
+        same(end, want_end)
+        same(gradients(memory, x, y, end, first), gradients(memory, x, want, want_end, first))
 
 
 def has_constant_state(memory: Memory) -> None:
@@ -219,6 +232,12 @@ def test_resumption_far_along(id: str, tolerance: float) -> None:
     time = SLOW_FAR if id in SLOW.split() else FAR
     cut = Random(f"{id} {tolerance}").randint(0, time)
     resumes(memory, tokens(memory, 1, time), [cut], None, tolerance)
+
+
+@every_memory
+def test_reading_in_pieces(id: str) -> None:
+    unless_exempt(id, "resumption")
+    reads_in_pieces(small(id), 11, 4)
 
 
 @every_memory

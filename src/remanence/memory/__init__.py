@@ -11,8 +11,9 @@ from typing import Any
 
 from remanence import catalogue
 from remanence.memory.base import Memory, ragged
+from remanence.memory.pieces import in_pieces
 
-__all__ = ["Memory", "make", "ragged"]
+__all__ = ["Memory", "in_pieces", "make", "ragged"]
 
 
 def make(name: str, dim: int, **arguments: Any) -> Memory:

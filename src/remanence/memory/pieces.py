@@ -1,0 +1,163 @@
+"""Long inputs in little memory: a piece at a time, and for the gradient each piece once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from remanence.ops.decay import second_order
+from remanence.state import State, flatten, tree_map
+
+
+def in_pieces(module: nn.Module, x: Tensor, state: State | None = None, *, piece: int = 512) -> tuple[Tensor, State]:
+    """What `module(x, state)` gives, keeping for the gradient only the states between pieces, and one piece's work.
+
+    The gradient is exact and reaches back over all of x: backward goes from the last piece to the first and reads each
+    but the last again. So what a pass needs besides input, output and their gradients does not grow with time but for
+    one state per piece, and it takes up to a third longer; less where a piece fits into the cache and the whole does
+    not. Random numbers, as of dropout, are the same in both readings.
+
+    Args:
+        module: a memory, a block or a whole model: whatever takes (x, state) and obeys the law of resumption.
+        piece: tokens at a time, at least 1.
+
+    Shapes: x [batch, time, ...], features or tokens; y [batch, time, ...].
+    Raises: `ValueError` for a piece below 1.
+    Source: gradient checkpointing (Chen et al. 2016, arXiv:1604.06174), at the states that a recurrence has anyway
+    (Gruslys et al. 2016, arXiv:1606.03401).
+    """
+    if piece < 1:
+        raise ValueError(f"in_pieces: piece must be at least 1 token, got {piece}.")
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    before = {} if state is None else flatten(state)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *before.values(), *weights.values()))
+    if x.shape[1] <= piece or not learns:
+        return _one_by_one(module, x, state, piece)
+    reading = _Reading(module, piece, state, [*weights])
+    y, *after = _Pieces.apply(reading, x, *before.values(), *weights.values())
+    return y, _filled(reading.after, after)
+
+
+def _one_by_one(
+    module: Callable[..., tuple[Tensor, State]], x: Tensor, state: State | None, piece: int
+) -> tuple[Tensor, State]:
+    """The same in plain operations. The output is made whole at once: joined in the end, it would be there twice."""
+    if x.shape[1] <= piece:
+        return module(x, state)
+    y = None
+    for start in range(0, x.shape[1], piece):
+        part, state = module(x[:, start : start + piece], state)
+        y = part.new_empty(*x.shape[:2], *part.shape[2:]) if y is None else y
+        y[:, start : start + piece] = part
+    assert y is not None
+    assert state is not None
+    return y, state
+
+
+class _Reading:
+    """A module, its pieces, its weights by name, and states for their form: before (None: none is given) and after."""
+
+    def __init__(self, module: nn.Module, piece: int, before: State | None, weights: list[str]):
+        self.module, self.piece, self.weights = module, piece, weights
+        self.before = None if before is None else tree_map(Tensor.detach, before)
+        self.after: State = {}
+
+    def parts(self, tensors: Sequence[Tensor]) -> tuple[State | None, Sequence[Tensor]]:
+        """The state before and the weights, of all that is given beside x."""
+        count = len(tensors) - len(self.weights)
+        return None if self.before is None else _filled(self.before, tensors[:count]), tensors[count:]
+
+    def graph(self, x: Tensor, state: State | None) -> tuple[Tensor, State, list[Tensor]]:
+        """What one piece gives, and the leaves that stand for its input and the state before it."""
+        x, before = _leaf(x), None if state is None else tree_map(_leaf, state)
+        with torch.enable_grad():
+            y, after = self.module(x, before)
+        return y, after, [x, *flatten(before or {}).values()]
+
+    def plain(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The whole of it, as a function of all that it depends on."""
+        state, weights = self.parts(tensors)
+        named = dict(zip(self.weights, weights, strict=True))
+        y, after = _one_by_one(lambda *given: functional_call(self.module, named, given), x, state, self.piece)
+        return y, *flatten(after).values()
+
+
+def _filled(form: State, tensors: Sequence[Tensor]) -> State:
+    """These tensors as a state of this form."""
+    rest = iter(tensors)
+    return tree_map(lambda _: next(rest), form)
+
+
+def _varies(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(_varies(t))
+
+
+class _Pieces(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reading: _Reading, x: Tensor, *tensors: Tensor) -> Any:
+        (state, _), piece, y = reading.parts(tensors), reading.piece, None
+        ctx.reading, ctx.states, ctx.random = reading, [], []
+        parts = x.split(piece, 1)
+        for i, part in enumerate(parts):
+            ctx.states.append(state)
+            ctx.random.append(torch.get_rng_state())
+            if i < len(parts) - 1:
+                out, state = reading.module(part, state)
+            else:  # comes first in the backward pass
+                ctx.last = reading.graph(part, state)
+                out, state = ctx.last[:2]
+            y = out.new_empty(*x.shape[:2], *out.shape[2:]) if y is None else y
+            y[:, i * piece : (i + 1) * piece] = out.detach()
+        reading.after = tree_map(Tensor.detach, state or {})
+        after = [*flatten(reading.after).values()]
+        ctx.save_for_backward(x, *tensors)
+        ctx.mark_non_differentiable(*[t for t in after if not _varies(t)])
+        return y, *after
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor, *d_after: Tensor) -> tuple[Tensor | None, ...]:
+        reading: _Reading = ctx.reading
+        x, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(ctx.random[0])
+                needed, inputs = ctx.needs_input_grad[1:], [x, *tensors]
+                return None, *second_order(needed, reading.plain, inputs, [d_y, *d_after])
+        _, weights = reading.parts(tensors)
+        d_x = torch.empty_like(x) if _varies(x) else None
+        d_state: Sequence[Tensor | None] = d_after
+        d_weights: list[Tensor | None] = [None] * len(weights)
+        last, ctx.last = ctx.last, None
+        for i in range(len(ctx.states) - 1, -1, -1):
+            here = slice(i * reading.piece, (i + 1) * reading.piece)
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(ctx.random[i])
+                y, after, leaves = last or reading.graph(x[:, here], ctx.states[i])
+            last = None
+            reached = [(y, d_y[:, here]), *zip(flatten(after).values(), d_state, strict=True)]
+            reached = [(out, d) for out, d in reached if d is not None and out.requires_grad]
+            wanted = [t for t in leaves if t.requires_grad]
+            outs, grads = [out for out, _ in reached], [d for _, d in reached]
+            found = iter(torch.autograd.grad(outs, [*wanted, *weights], grads, allow_unused=True))
+            of_leaves = [next(found) if t.requires_grad else None for t in leaves]
+            if d_x is not None:
+                d_x[:, here] = 0 if of_leaves[0] is None else of_leaves[0]
+            d_state = of_leaves[1:]
+            d_weights = [_sum(d, new) for d, new in zip(d_weights, found, strict=True)]
+            del y, after, leaves, reached, wanted, outs, grads, found, of_leaves  # before the next piece needs the room
+        return None, d_x, *d_state, *d_weights
+
+
+def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Into `total`, where there are both."""
+    if total is None or new is None:
+        return new if total is None else total
+    return total.add_(new)
