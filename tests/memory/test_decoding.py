@@ -7,6 +7,7 @@ import torch
 
 from remanence import catalogue
 from remanence.memory import make
+from remanence.memory.hgrn import LowerBounds
 from remanence.ops import layer_steps, steps
 from remanence.ops.taps import tap
 
@@ -31,6 +32,8 @@ VARIANTS = [
     ("kimi-delta", {"value_heads": 4, "value_dim": 3}),
     ("lightning-attention-tnl", {"lrpe": False, "layer": 1}),
     ("lightning-attention-tnl", {"lrpe": False, "slopes": [0.0, 2.0], "gate_rank": 0, "affine": True}),
+    ("hgrn2", {"lower_bound": 0.0, "heads": 4}),
+    ("hgrn2", {"lower_bound": LowerBounds(2, 8), "layer": 1}),
     ("xlstm-7b", {"cap": None, "bias": True}),
     ("xlstm-7b", {"key_dim": 2, "value_dim": 6}),
     ("griffin", {"width": 8, "heads": 4}),
@@ -61,7 +64,7 @@ TOKENS = {
     "deltaproduct": "delta_token",
     "gla": "outer_token", "linear-attention": "outer_token", "retnet": "outer_token", "mamba2": "state_space_token",
     "xlstm-7b": "exponential_token", "rwkv7": "replacement_token", "rwkv6": "read_before_write", "rwkv": "softmax_scan",
-    "griffin": "rg_lru", "min-lstm": "min_gru",
+    "hgrn2": "outer_token", "lightnet": "outer_token", "griffin": "rg_lru", "min-lstm": "min_gru",
 }  # fmt: skip
 
 

@@ -35,15 +35,20 @@ def check_bound(where: str, bound: float | LowerBounds) -> None:
         raise ValueError(f"{where}: lower_bound must be in [0, 1), got {bound!r}.")
 
 
+def least_share(bound: float | LowerBounds, layer: int) -> Tensor | float:
+    """γ of this layer, a number or [dim]."""
+    if isinstance(bound, LowerBounds):
+        return bound()[layer].clamp(min=1e-30)  # log 0 has no usable gradient
+    return bound
+
+
 def bounded_decay(logits: Tensor, bound: float | LowerBounds, layer: int) -> Tensor:
     """log(γ + (1 − γ) σ(logits)) [batch, time, dim], never below log γ, the bound of this layer."""
-    f = F.logsigmoid(logits)
-    if isinstance(bound, LowerBounds):
-        least = bound()[layer].clamp(min=1e-30)  # log 0 has no usable gradient
-    elif bound == 0:
-        return f
-    else:
-        least = f.new_tensor(bound)
+    f, least = F.logsigmoid(logits), least_share(bound, layer)
+    if not isinstance(least, Tensor):
+        if least == 0:
+            return f
+        least = f.new_tensor(least)
     return torch.logaddexp(least.log(), torch.log1p(-least) + f)
 
 

@@ -13,7 +13,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
 from remanence.state import State
 
 
@@ -127,11 +127,14 @@ class LightningAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = F.silu(self.qkv(x)).chunk(3, dim=-1)
-        if x.shape[1] == 1 and not self.lrpe and steps.worth(state["S"], q):
-            y, S = steps.outer_token(q, k, v, state["S"], fixed=-self.slopes)
-            return self._read(merge(y), x), {"S": S}
-        q, k, v = (split(part, self.heads) for part in (q, k, v))
+        qkv = self.qkv(x)
+        if x.shape[1] == 1 and not self.lrpe and steps.worth(x, state["S"]):
+            y, S, _ = layer_steps.outer_token(
+                qkv, state["S"], features=steps.SILU, value_features=steps.SILU, fixed=-self.slopes,
+                readout=self.norm.plan(self.gate(x), torch.sigmoid),
+            )  # fmt: skip
+            return self.out(y), {"S": S}
+        q, k, v = (split(part, self.heads) for part in F.silu(qkv).chunk(3, dim=-1))
         after = {}
         if self.lrpe:
             position = state["position"][:, None] + torch.arange(x.shape[1], device=x.device)

@@ -9,7 +9,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import merge, per_head, split, zeros
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
 from remanence.state import State
 
 
@@ -46,10 +46,11 @@ class LinearAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if x.shape[1] == 1 and steps.worth(state["S"], q):
-            y, S = steps.outer_token(q, k, v, state["S"], features=steps.ELU, mean=1e-6)
-            return self.out(merge(y)), {"S": S}
+        qkv = self.qkv(x)
+        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+            y, S, _ = layer_steps.outer_token(qkv, state["S"], features=steps.ELU, mean=1e-6)
+            return self.out(y), {"S": S}
+        q, k, v = qkv.chunk(3, dim=-1)
         q, k = (F.elu(split(part, self.heads)) + 1 for part in (q, k))
         y, state = ops.linear_attention(q, k, F.pad(split(v, self.heads), (0, 1), value=1.0), state=state)
         mean = y[..., :-1] / (y[..., -1:] + 1e-6)

@@ -102,6 +102,10 @@ class RMSNorm(nn.RMSNorm):
             return steps.normalise(x, self.weight, gate, self.eps or 0.0, kind=ACTIVATIONS[activation])
         return normalise(x, self.weight, eps=self.eps or 0.0) * activation(gate)
 
+    def plan(self, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu) -> Readout:
+        """The same of all heads together, for the compiled steps, which know the gates in `ACTIVATIONS`."""
+        return Readout(self.weight, gate, self.eps or 0.0, ACTIVATIONS[activation], whole=True)
+
 
 class HeadNorm(nn.GroupNorm):
     """Each head's features to mean 0 and variance 1, then weights and biases, and a gate where one is given.

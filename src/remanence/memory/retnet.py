@@ -9,7 +9,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, per_head, rotate, split, zeros
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
 from remanence.state import State
 
 
@@ -54,12 +54,16 @@ class RetNet(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qk, v = split(self.qk(x), 2 * self.heads), split(self.v(x), self.heads)
-        q, k = rotate(qk, state["position"], self.frequencies).chunk(2, dim=1)
-        after, scale = {"position": state["position"] + x.shape[1]}, self.head_dim**-0.5
-        if x.shape[1] == 1 and steps.worth(state["S"], q, v):
-            y, S = steps.outer_token(q, k, v, state["S"], key_scale=scale, fixed=self.log_decay)
-            return self.readout(y, x), {"S": S, **after}
+        qk, v, scale, start = self.qk(x), self.v(x), self.head_dim**-0.5, state["position"]
+        after = {"position": start + x.shape[1]}
+        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+            y, S, _ = layer_steps.outer_token(
+                qk, state["S"], v, key_scale=scale, fixed=self.log_decay, positions=(start, self.frequencies),
+                readout=self.readout.plan(x),
+            )  # fmt: skip
+            return self.readout.out(y), {"S": S, **after}
+        q, k = rotate(split(qk, 2 * self.heads), start, self.frequencies).chunk(2, dim=1)
+        v = split(v, self.heads)
         decay = self.log_decay.to(k)[:, None].expand(k.shape[:3])
         y, written = ops.linear_attention(q, scale * k, v, decay, {"S": state["S"]})
         return self.readout(y, x), {**written, **after}

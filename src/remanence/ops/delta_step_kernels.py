@@ -12,12 +12,24 @@ import numpy as np
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit
 from remanence.ops.dplr_kernels import read
-from remanence.ops.step_kernels import activate, add, at, convolve, normalise, read_both, softplus
+from remanence.ops.step_kernels import activate, add, at, convolve, normalise, read_both, sigmoid, softplus
 
 
 @jit
-def _log_decay(z, speed, bound):
-    return -speed * softplus(z) if bound == 0 else bound / (1 + math.exp(-speed * z))
+def _decays(step, bias, rate, bound, a):
+    """a = exp of −exp(rate)·softplus(step + bias), or of bound·σ(exp(rate)·(step + bias)): one, or one per feature."""
+    speed, limit = a.dtype.type(math.exp(rate)), a.dtype.type(bound)
+    n = step.shape[0]
+    if bound == 0:
+        for i in range(n):
+            a[i] = -speed * softplus(step[i] + bias[i])
+    else:
+        for i in range(n):
+            a[i] = limit * sigmoid(speed * (step[i] + bias[i]))
+    for i in range(n):
+        a[i] = decay(a[i])
+    if n == 1:
+        fill(a, a[0])
 
 
 @jit
@@ -66,13 +78,13 @@ def _write_all(start, a, early, errors, S):
 @jit
 def delta_token(
     one, qs, kvs, taps, tails, betas, steps, rates, biases, weights, gates, starts, ys, afters, ends,
-    B, heads, M, K, V, width, writes, decays, bound, most, exact, small, normed, kind, eps,
+    B, heads, M, K, V, width, writes, decays, bound, most, exact, small, parts, kind, eps,
 ):  # fmt: skip
     """q [B, heads·K] and kv [B, n·(heads·K + M·V)] pass a convolution and SiLU; n = `writes`.
 
     beta [B, n·M] and step [B, M, decays] are logits, rate [M] and bias [M, decays] the decay's parameters. `small` is
-    the eps of the L2 norm, `eps` that of the norm of what was read (`normed`), whose weight [V] and gate [B, M·V] may
-    be absent.
+    the eps of the L2 norm, `eps` that of the norm of what was read, where it has
+    `parts`, whose weight [V] and gate [B, M·V] may be absent.
     """
     keys = heads * K
     D = keys + writes * (keys + M * V)
@@ -105,13 +117,7 @@ def delta_token(
                 logits[j] = beta[b, j, m]
             _strengths(each, logits, most, exact, small, early, strengths)
             if decays:
-                speed = math.exp(rate[m])
-                for i in range(decays):
-                    a[i] = _log_decay(step[b, m, i] + bias[m, i], speed, bound)
-                for i in range(decays):
-                    a[i] = decay(a[i])
-                if decays == 1:
-                    fill(a, a[0])
+                _decays(step[b, m], bias[m], rate[m], bound, a)
             _see(start[b, m], a, sought, seen, found)
             out = y[b, m]
             copy_row(found[writes], out)
@@ -123,5 +129,5 @@ def delta_token(
                     error[d] = strengths[j] * (value[d] - known[d])
                 add(error, dot(late, early[j]), out)
             _write_all(start[b, m], a, early, errors, S[b, m])
-    if normed:
+    if parts:
         normalise(one, ys, weights, 0, gates, ys, B * M, V, 1, False, kind, 1 / V, eps)

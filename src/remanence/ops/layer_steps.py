@@ -14,18 +14,22 @@ from remanence.ops.steps import PLAIN, Kernels, blank, fits, run
 
 
 class Readout(NamedTuple):
-    """How what was read is normalised (by its root mean square) and gated: what `steps.normalise` asks for."""
+    """How what was read is normalised (by its root mean square) and gated: what `steps.normalise` asks for.
+
+    `kind` is what the gate's logits pass; `whole` says that all heads are normalised together.
+    """
 
     weight: Tensor | None
     gate: Tensor | None
     eps: float
     kind: int
-    """What the gate's logits pass."""
+    whole: bool = False
 
-    @property
-    def how(self) -> tuple[int, float]:
-        return PLAIN if self.gate is None else self.kind, self.eps
+    def how(self, heads: int) -> tuple[int, int, float]:
+        return 1 if self.whole else heads, PLAIN if self.gate is None else self.kind, self.eps
 
+
+NOT_NORMALISED = 0, PLAIN, 0.0
 
 _delta = Kernels("delta_step_kernels")
 
@@ -73,7 +77,64 @@ def delta_token(
     decays = 0 if step is None else step.shape[2] // M
     weight, gate = (None, None) if readout is None else readout[:2]
     given = q, kv, taps, tail, beta, step, rate, bias, weight, gate, start, y, after, S
-    kind, small = (PLAIN, 0.0) if readout is None else readout.how
-    how = width, writes, decays, float(bound or 0), float(most), exact, eps, readout is not None, kind, small
+    finish = NOT_NORMALISED if readout is None else readout.how(M)
+    how = width, writes, decays, float(bound or 0), float(most), exact, eps, *finish
     run(_delta.delta_token, given, B, heads, M, K, V, *how)
     return y, S, after
+
+
+_outer = Kernels("outer_step_kernels")
+ALL, FIXED, CHOSEN, TIED, RUNNING = 0, 1, 2, 3, 4
+
+
+def outer_token(
+    mixed: Tensor,
+    start: Tensor,
+    v: Tensor | None = None,
+    *,
+    features: int = PLAIN,
+    value_features: int = PLAIN,
+    scale: float = 1.0,
+    key_scale: float = 1.0,
+    fixed: Tensor | None = None,
+    chosen: Tensor | None = None,
+    temper: float = 1.0,
+    least: Tensor | float | None = None,
+    top: Tensor | None = None,
+    mean: float | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    readout: Readout | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`linear_attention` from what a layer projects: y, the next state, and the next `top` where there is one.
+
+    Queries and keys pass `features`, then queries are scaled by `scale` and keys by `key_scale`, and both are turned as
+    `steps.rotate` does by `positions` (start and frequencies) where these are given. Log decays are none, or `fixed`
+    [H], or log σ of the logits `chosen` [B, 1, H·K] over `temper`. With `least` (a number or [H·K]) keys are logits f
+    of what is kept, least + (1 − least) σ(f), and what is not kept is the key. With `top` [B, H·K], the logarithm of
+    the running sum of exp k, keys are e^{k − top'} and e^{top − top'} is kept. With `mean` each answer is divided by
+    its last column, that of a value of 1, + `mean`.
+
+    Shapes: mixed [B, 1, H·(2K + V)], queries, keys and values; or [B, 1, 2·H·K] and v [B, 1, H·V]; start [B, H, K, V]
+    (V + 1 with `mean`) -> y [B, 1, H·V].
+    """
+    B, H, K, columns = start.shape
+    V = columns if mean is None else columns - 1
+    y, S, highest = mixed.new_empty(B, 1, H * V), blank(start), None if top is None else blank(top)
+    forget, g = ALL, fixed
+    if fixed is not None:
+        forget = FIXED
+    elif chosen is not None:
+        forget, g = CHOSEN, chosen
+    elif least is not None:
+        forget, g = TIED, least if isinstance(least, Tensor) else None
+    elif top is not None:
+        forget = RUNNING
+    bound = least if isinstance(least, float | int) else 0
+    turning = () if positions is None else (positions[0].contiguous(), positions[1].contiguous())
+    where = [x.data_ptr() for x in turning] or [0, 0]
+    weight, gate = (None, None) if readout is None else readout[:2]
+    finish = NOT_NORMALISED if readout is None else readout.how(H)
+    how = features, value_features, float(scale), float(key_scale), forget, float(temper), float(bound)
+    given = mixed, v, g, top, weight, gate, start, y, highest, S
+    run(_outer.outer_token, given, *where, B, H, K, V, *how, -1.0 if mean is None else mean, *finish)
+    return y, S, highest

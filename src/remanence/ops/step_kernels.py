@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 from numba import carray, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit, sigmoid_and_silu, summing
@@ -20,8 +20,6 @@ from remanence.ops.dplr_kernels import read, write
 
 PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
 """What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
-ALL, FIXED, CHOSEN = 0, 1, 2
-"""What is kept: all, a fixed share for each head, or one that the token chooses for each key feature."""
 
 
 @intrinsic
@@ -43,9 +41,26 @@ def sigmoid(x):
     return sigmoid_and_silu(x)[0]
 
 
-@jit
-def softplus(x):
-    return x if x > 20 else math.log1p(math.exp(x))
+def softplus(x: float) -> float:
+    """log(1 + eˣ), in the precision of x: in float32 by a series, which vectorises where libm's log does not."""
+    raise TypeError("softplus is for compiled code.")
+
+
+@overload(softplus, inline="always", jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
+def _softplus(x):
+    def wide(x):
+        return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+    zero, two = np.float32(0), np.float32(2)
+    c3, c5, c7, c9, c11, c13 = (np.float32(2 / n) for n in range(3, 15, 2))
+
+    def single(x):
+        u = decay(-abs(x))
+        s = u / (two + u)  # log(1 + u) = 2 artanh s, and s ≤ 1/3
+        r = s * s
+        return max(x, zero) + s * (two + r * (c3 + r * (c5 + r * (c7 + r * (c9 + r * (c11 + r * c13))))))
+
+    return single if x == types.float32 else wide
 
 
 @jit
@@ -189,21 +204,35 @@ def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred,
 
 
 @jit
+def phases(position, rates, cos, sin):
+    """Of each pair of features its angle's cosine and sine at a position, in float64 until then."""
+    for j in range(rates.shape[0]):
+        angle = position * rates[j]
+        cos[j], sin[j] = math.cos(angle), math.sin(angle)
+
+
+@jit
+def turn(x, cos, sin, y):
+    """y = x with its feature pairs (j, j + P) turned, P angles; further features as they are. y must not be x."""
+    half = cos.shape[0]
+    first, second, left, right = x[:half], x[half : 2 * half], y[:half], y[half : 2 * half]
+    for j in range(half):
+        left[j] = first[j] * cos[j] - second[j] * sin[j]
+    for j in range(half):
+        right[j] = first[j] * sin[j] + second[j] * cos[j]
+    copy_row(x[2 * half :], y[2 * half :])
+
+
+@jit
 def rotate(one, xs, ys, positions, rates, B, H, K):
     """x and y [B, H, K]; position int64 [B]; rate float64 [K / 2]."""
     x, y, half = at(one, xs, (B, H, K)), at(one, ys, (B, H, K)), K // 2
     position, rate = at(np.int64(0), positions, (B,)), at(1.0, rates, (half,))
     cos, sin = np.empty(half, x.dtype), np.empty(half, x.dtype)
     for b in range(B):
-        for j in range(half):
-            angle = position[b] * rate[j]
-            cos[j], sin[j] = math.cos(angle), math.sin(angle)
+        phases(position[b], rate, cos, sin)
         for h in range(H):
-            first, second, left, right = x[b, h, :half], x[b, h, half:], y[b, h, :half], y[b, h, half:]
-            for j in range(half):
-                left[j] = first[j] * cos[j] - second[j] * sin[j]
-            for j in range(half):
-                right[j] = first[j] * sin[j] + second[j] * cos[j]
+            turn(x[b, h], cos, sin, y[b, h])
 
 
 @jit
@@ -293,55 +322,6 @@ def linear_attention(one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, decays):
                 for i in range(K):
                     a[i] = decay(rates[i])
             write_and_read(start[b, h], a, k[b, h], v[b, h], q[b, h], S[b, h], y[b, h])
-
-
-@jit
-def outer_token(
-    one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, features, scale, key_scale, forget, temper, mean, eps
-):
-    """`linear_attention` from what a layer projects, a decay made of logits among it.
-
-    `features` is what queries and keys pass; `mean` says that the state has a column more, of the keys' sums, by whose
-    answer + eps the others' are divided. g is [H], or the logits [B, H, K] of 1/`temper` of a log sigmoid.
-    """
-    q, k, v, y = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
-    g, logits, columns = at(one, gs, (H,)), at(one, gs, (B, H, K)), V + 1 if mean else V
-    start, S = at(one, starts, (B, H, K, columns)), at(one, ends, (B, H, K, columns))
-    late, early, a, new, found = (
-        np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(columns, y.dtype),
-        np.empty(columns, y.dtype),
-    )  # fmt: skip
-    fill(a, 1.0)
-    fill(new, 1.0)
-    for b in range(B):
-        for h in range(H):
-            _features(q[b, h], scale, features, late)
-            _features(k[b, h], key_scale, features, early)
-            if forget == FIXED:
-                fill(a, decay(g[h]))
-            elif forget == CHOSEN:
-                rates = logits[b, h]
-                for i in range(K):
-                    a[i] = y.dtype.type(-softplus(-rates[i]) / temper)
-                for i in range(K):
-                    a[i] = decay(a[i])
-            copy_row(v[b, h], new[:V])
-            out = y[b, h]
-            write_and_read(start[b, h], a, early, new, late, S[b, h], found)
-            by = 1 / (found[V] + y.dtype.type(eps)) if mean else one
-            for d in range(V):
-                out[d] = found[d] * by
-
-
-@jit
-def _features(x, scale, kind, out):
-    for i in range(x.shape[0]):
-        out[i] = scale * x[i]
-    if kind == ELU:
-        for i in range(x.shape[0]):
-            out[i] = out[i] + 1 if out[i] > 0 else decay(out[i])
-    elif kind == SILU:
-        activate(out)
 
 
 @jit

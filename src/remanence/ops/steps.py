@@ -160,38 +160,6 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: T
     return y, S
 
 
-def outer_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    *,
-    features: int = PLAIN,
-    scale: float = 1.0,
-    key_scale: float = 1.0,
-    fixed: Tensor | None = None,
-    chosen: Tensor | None = None,
-    temper: float = 1.0,
-    mean: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`linear_attention` from what a layer projects, which saves the operations in between.
-
-    Queries times `scale` and keys times `key_scale` pass `features`. Log decays are `fixed` [H], or log σ of the
-    logits `chosen` [B, 1, H·K] over `temper`. With `mean` each answer is divided by its last column, that of a value
-    of 1, + `mean`.
-
-    Shapes: q, k [B, 1, H·K], v [B, 1, H·V], or these by head, start [B, H, K, V] (V + 1 with `mean`)
-    -> y [B, H, 1, V] and the next state.
-    """
-    B, H, K, columns = start.shape
-    V = columns if mean is None else columns - 1
-    y, S = v.new_empty(B, H, 1, V), blank(start)
-    forget = 1 if fixed is not None else 2 if chosen is not None else 0
-    how = features, float(scale), float(key_scale), forget, float(temper), mean is not None, float(mean or 0)
-    run(kernels.outer_token, (q, k, v, chosen if fixed is None else fixed, start, y, S), B, H, K, V, *how)
-    return y, S
-
-
 def read_before_write(
     r: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""One token of the outer-product memories from what a layer projects to what it projects back, compiled for the CPU.
+
+Tensors come as in `step_kernels`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remanence.ops.chunk_kernels import copy_row, fill
+from remanence.ops.compiled import decay, jit
+from remanence.ops.step_kernels import (
+    ELU,
+    SILU,
+    activate,
+    at,
+    normalise,
+    phases,
+    sigmoid,
+    softplus,
+    turn,
+    write_and_read,
+)  # fmt: skip
+
+ALL, FIXED, CHOSEN, TIED, RUNNING = 0, 1, 2, 3, 4
+"""What is kept: all; a fixed share for each head; one that the token chooses for each key feature; the same, and what
+is not kept is the key; what a running softmax of the keys leaves."""
+
+
+@jit
+def outer_token(
+    one, mixes, vs, gs, tops, weights, gates, starts, ys, next_tops, ends, positions, rates,
+    B, H, K, V, features, value_features, scale, key_scale, forget, temper, bound, mean, parts, kind, eps,
+):  # fmt: skip
+    """Queries, keys and, where there is no v, values side by side: [B, H·(2K + V)].
+
+    Queries and keys pass `features` and a scale, and turn by `positions` times `rates` where there are any. g is [H]
+    (FIXED), the logits [B, H, K] of 1/`temper` of a log sigmoid (CHOSEN), or the least shares [H, K] (TIED, whose
+    keys are logits), all `bound` where there is none. `tops` are the logarithms of the running sums of exp keys
+    [B, H, K] (RUNNING). With `mean` ≥ 0 the state has a column more, of the keys' sums, by whose answer + `mean` the
+    others' are divided. What was read is normalised in so many `parts` (0: not at all) with a weight as wide as one,
+    and gated.
+    """
+    D = 2 * H * K + (0 if vs else H * V)
+    mixed, v, y = at(one, mixes, (B, D)), at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    g, logits, least = at(one, gs, (H,)), at(one, gs, (B, H, K)), at(one, gs, (H, K))
+    top, next_top, columns = at(one, tops, (B, H, K)), at(one, next_tops, (B, H, K)), V + 1 if mean >= 0 else V
+    start, S = at(one, starts, (B, H, K, columns)), at(one, ends, (B, H, K, columns))
+    position, rate = at(np.int64(0), positions, (B,)), at(1.0, rates, (K // 2,))
+    late, early, a, turned = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
+    new, found = np.empty(columns, y.dtype), np.empty(columns, y.dtype)
+    cos, sin, low = np.empty(K // 2, y.dtype), np.empty(K // 2, y.dtype), np.empty(K, y.dtype)
+    fill(a, 1.0)
+    fill(new, 1.0)
+    for b in range(B):
+        row = mixed[b]
+        if positions:
+            phases(position[b], rate, cos, sin)
+        for h in range(H):
+            q, k = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
+            _features(q, features, scale, late)
+            if forget == TIED:
+                fill(low, bound)
+                if gs:
+                    copy_row(least[h], low)
+                _tied(k, low, a, early)
+            elif forget == RUNNING:
+                _running(k, top[b, h], a, early, next_top[b, h])
+            else:
+                _features(k, features, key_scale, early)
+            if forget == FIXED:
+                fill(a, decay(g[h]))
+            elif forget == CHOSEN:
+                _chosen(logits[b, h], temper, a)
+            if positions:
+                copy_row(late, turned)
+                turn(turned, cos, sin, late)
+                copy_row(early, turned)
+                turn(turned, cos, sin, early)
+            if vs:
+                copy_row(v[b, h], new[:V])
+            else:
+                copy_row(row[2 * H * K + h * V : 2 * H * K + (h + 1) * V], new[:V])
+            if value_features == SILU:
+                activate(new[:V])
+            out = y[b, h]
+            write_and_read(start[b, h], a, early, new, late, S[b, h], found)
+            by = 1 / (found[V] + y.dtype.type(mean)) if mean >= 0 else one
+            for d in range(V):
+                out[d] = found[d] * by
+    if parts:
+        width = H * V // parts
+        normalise(one, ys, weights, 0, gates, ys, B * parts, width, 1, False, kind, 1 / width, eps)
+
+
+@jit
+def _features(x, kind, scale, out):
+    copy_row(x, out)
+    if kind == ELU:
+        for i in range(x.shape[0]):
+            out[i] = x[i] + out.dtype.type(1) if x[i] > 0 else decay(x[i])
+    elif kind == SILU:
+        activate(out)
+    by = out.dtype.type(scale)
+    for i in range(x.shape[0]):
+        out[i] *= by
+
+
+@jit
+def _chosen(logits, temper, a):
+    by = a.dtype.type(-1 / temper)
+    for i in range(a.shape[0]):
+        a[i] = by * softplus(-logits[i])
+    for i in range(a.shape[0]):
+        a[i] = decay(a[i])
+
+
+@jit
+def _tied(logits, least, a, early):
+    """Keeps γ + (1 − γ) σ(f) and writes the rest, (1 − γ) σ(−f), which has its digits also where it is little."""
+    one = a.dtype.type(1)
+    for i in range(a.shape[0]):
+        early[i] = (one - least[i]) * sigmoid(-logits[i])
+    for i in range(a.shape[0]):
+        a[i] = least[i] + (one - least[i]) * sigmoid(logits[i])
+
+
+@jit
+def _running(x, top, a, early, next_top):
+    """z' = log(eᶻ + eˣ), which keeps e^{z − z'} and writes e^{x − z'}."""
+    for i in range(a.shape[0]):
+        next_top[i] = max(top[i], x[i]) + softplus(-abs(top[i] - x[i]))
+    for i in range(a.shape[0]):
+        a[i] = decay(top[i] - next_top[i])
+    for i in range(a.shape[0]):
+        early[i] = decay(x[i] - next_top[i])
