@@ -14,8 +14,8 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def titans(T, layers, momentum, norm, bound, thresholds=False, **answers):
-    widths = [K] + [6] * (layers - 1) + [K]
+def titans(T, layers, momentum, norm, bound, thresholds=False, K=K, hidden=6, **answers):
+    widths = [K] + [hidden] * (layers - 1) + [K]
     weights = [0.4 * draw(H, widths[i + 1], widths[i], seed=10 + i) for i in range(layers)]
     q, k, v = (draw(B, H, T, K, seed=i) for i in range(3))
     step, retain, eta = draw(B, H, T, seed=3).sigmoid(), -draw(B, H, T, seed=4).exp(), -draw(B, H, T, seed=5).exp()
@@ -60,6 +60,8 @@ CASES = {
     "a matrix and a norm": lambda: titans(18, 1, True, True, True),
     "read at the anchor": lambda: titans(19, 2, True, True, True, read="anchor"),
     "a matrix read at the anchor": lambda: titans(18, 1, False, False, True, read="anchor"),
+    "wide, read at the anchor": lambda: titans(19, 2, True, True, True, read="anchor", K=16, hidden=32),
+    "wide": lambda: titans(19, 3, True, False, True, K=32, hidden=16),
     "read before the write": lambda: titans(18, 2, True, False, True, read="before"),
     "the dot product": lambda: titans(18, 2, True, True, True, objective=Dot()),
     "the dot product as given": lambda: titans(18, 2, False, False, False, objective=Dot(), read="anchor"),

@@ -19,10 +19,11 @@ from __future__ import annotations
 import numpy as np
 
 from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
-from remanence.ops.compiled import gemm, jit, summing
+from remanence.ops.compiled import jit, summing
 from remanence.ops.gelu_kernels import bend as gelu_bend
 from remanence.ops.gelu_kernels import gelu
 from remanence.ops.objective_kernels import DOT, HUBER, HUBER_MIXED, slope, slope_backward
+from remanence.ops.product_kernels import gemm
 
 EPS = 1e-6
 """Of the layer norm."""
