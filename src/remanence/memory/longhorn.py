@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.mamba import Mamba
@@ -36,6 +36,8 @@ class Longhorn(Mamba):
 
     def _init_decay(self) -> None:
         """The published code leaves the projection of β as it is drawn."""
+        self.step_size = nn.Sigmoid()
+        self.register_parameter("A_log", None)
 
-    def _decay(self, raw: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
-        return implicit_step(raw.sigmoid(), wide(B)), None
+    def _steps(self, raw: Tensor, B: Tensor) -> Tensor:
+        return implicit_step(self.step_size(raw), wide(B))

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.catalogue import card
+from remanence.memory.bare import bare
 from remanence.memory.base import Memory
 from remanence.memory.parts import Derived, ShortConv, wide, zeros
-from remanence.ops.selective_scan import selective_scan
+from remanence.ops import steps
+from remanence.ops.selective_scan import selective_scan, selective_token
 from remanence.state import State
 
 
@@ -51,6 +53,9 @@ class Mamba(Memory):
     Source: Gu & Dao, Mamba (2023), arXiv:2312.00752.
     """
 
+    step_size: nn.Module
+    A_log: nn.Parameter
+
     def __init__(
         self,
         dim: int,
@@ -88,22 +93,30 @@ class Mamba(Memory):
         step = torch.empty(self.width).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
         self.dt_proj.bias.data = step + torch.log(-torch.expm1(-step))  # the inverse of softplus
 
-    def _decay(self, raw: Tensor, B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step sizes [batch, time, width], and rates [width, states] or None."""
-        return self.step_size(raw), self._rates(self.A_log)
+    def _steps(self, raw: Tensor, B: Tensor) -> Tensor:
+        """Step sizes [batch, time, width]."""
+        return self.step_size(raw)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.D, batch, self.width, self.states), "conv": self.conv.initial_state(batch)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        mixed = self.in_proj(x)
+        if x.shape[1] == 1 and steps.worth(mixed, state["h"]) and bare(self.x_proj, self.dt_proj, self.step_size):
+            conv = state["conv"]["tail"], self.conv.weight, self.conv.bias
+            step = self.dt_proj.weight, self.dt_proj.bias
+            given = conv, self.x_proj.weight, step, self.A_log, self.D, state["h"], self.norm_eps
+            y, h, tail = selective_token(mixed, *given)
+            return self.out_proj(y), {"h": h, "conv": {"tail": tail}}
+        u, z = mixed.chunk(2, dim=-1)
         u, conv = self.conv(u, state["conv"], silu=True)
-        steps = self.x_proj(u.to(x.dtype)).split([self.rank, self.states, self.states], dim=-1)
+        chosen = self.x_proj(u.to(x.dtype)).split([self.rank, self.states, self.states], dim=-1)
         if self.norm_eps is not None:
-            steps = tuple(F.rms_norm(s, s.shape[-1:], eps=self.norm_eps) for s in steps)
-        dt, B, C = steps
-        delta, A = self._decay(wide(self.dt_proj(dt)), B)
+            chosen = tuple(F.rms_norm(s, s.shape[-1:], eps=self.norm_eps) for s in chosen)
+        dt, B, C = chosen
+        delta = self._steps(wide(self.dt_proj(dt)), B)
+        A = None if self.A_log is None else self._rates(self.A_log)
         y, after = selective_scan(u, delta, A, B, C, {"h": state["h"]})
         y = torch.addcmul(y, u, wide(self.D)).to(x.dtype)
         return self.out_proj(y * F.silu(z)), {**after, "conv": conv}

@@ -18,6 +18,7 @@ from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
 
+kernels = steps.Kernels("selective_scan_kernels")
 KEPT = 16
 """One state in so many tokens is kept for the gradients; those between are computed again."""
 
@@ -68,6 +69,31 @@ def selective_scan(
     op = _step if T == 1 else _SelectiveScan.apply if x.device.type == "cpu" else _in_tensors
     y, h = op(u, delta, None if A is None else A.to(dtype), B, C, start)
     return y.to(x.dtype), {"h": h}
+
+
+def selective_token(
+    mixed: Tensor,
+    conv: tuple[Tensor, Tensor, Tensor | None],
+    choose: Tensor,
+    step: tuple[Tensor, Tensor],
+    logs: Tensor | None,
+    skip: Tensor,
+    start: Tensor,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of Mamba's block between its projections, in one compiled call: y, the next h and the next tail.
+
+    Shapes: mixed [B, 1, 2D] (x, and z that gates by SiLU); `conv` the tail [B, width − 1, D], weights [D, width] and
+    bias [D] or None; `choose` [R + 2N, D] maps x to δ, B and C, which are brought to root mean square 1 with `eps`
+    unless it is None; `step` [D, R] and [D] map δ to Δ; `logs` [D, N] is log(−A), or None for Longhorn's decay and
+    step; `skip` [D]; start and h [B, D, N]; y [B, 1, D].
+    """
+    (B, D, N), (tail, taps, bias) = start.shape, conv
+    steps.fits("selective_token", tail, B, taps.shape[1] - 1, D)
+    y, after, h = mixed.new_empty(B, 1, D), steps.blank(tail), steps.blank(start)
+    given = mixed, tail, taps, bias, choose, *step, logs, skip, start, y, after, h
+    steps.run(kernels.token, given, B, D, N, step[0].shape[1], taps.shape[1], eps is not None, float(eps or 0))
+    return y, h, after
 
 
 def selective_scan_carry(x: Tensor, delta: Tensor, A: Tensor | None, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,19 @@ Longhorn's decay 1 − Δ B².
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
-from remanence.ops.compiled import BAND, decay, jit, summing
+import numba
+import numpy as np
+from numba.extending import overload
+
+from remanence.ops.chunk_kernels import copy_row, dot, fill
+from remanence.ops.compiled import BAND, decay, jit, sigmoid_and_silu, summing
+from remanence.ops.step_kernels import activate, at, convolve, sigmoid
 
 BLOCK = 256
+_ZERO, _TWO = np.float32(0), np.float32(2)
+_C3, _C5, _C7, _C9, _C11, _C13 = (np.float32(1 / n) for n in (3, 5, 7, 9, 11, 13))
 
 
 @jit
@@ -128,3 +136,87 @@ def backward(first, last, x, delta, A, B, C, kept, size, d_y, d_h, d_x, d_delta,
                     for d in range(width):
                         d_x[i, t, left + d] = d_u[d] * step[d]
                         d_delta[i, t, left + d] = d_u[d] * now[d] + d_rate[d]
+
+
+def softplus(x: float) -> float:
+    """log(1 + eˣ): in float32 by a series, which vectorises where libm's logarithm does not."""
+    raise TypeError("softplus is for compiled code.")
+
+
+@overload(softplus, inline="always", jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
+def _softplus(x):
+    def wide(x):
+        return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+    def single(x):
+        e = decay(-abs(x))
+        s = e / (_TWO + e)  # log(1 + e) = 2 artanh(s), and s ≤ 1/3
+        z = s * s
+        series = ((((_C13 * z + _C11) * z + _C9) * z + _C7) * z + _C5) * z + _C3
+        return max(x, _ZERO) + _TWO * (s + s * z * series)
+
+    return single if x == numba.types.float32 else wide
+
+
+@jit
+def _unit(x, eps):
+    by = x.dtype.type(1 / math.sqrt(dot(x, x) / x.shape[0] + eps))
+    for d in range(x.shape[0]):
+        x[d] *= by
+
+
+@jit
+def token(
+    one, mixes, tails, taps, tap_biases, choices, step_maps, step_biases, logarithms, skips, starts, ys, afters, ends,
+    B, D, N, R, width, normed, eps,
+):  # fmt: skip
+    """Mamba's block from what it projects to what it projects back, by addresses: x and z [B, 2D] to y [B, D].
+
+    x passes the convolution `taps` [D, width] and SiLU; `choices` [R + 2N, D] are the maps to δ, B and C, `step_maps`
+    [D, R] that of δ to the logits of Δ. Without the rates' logarithms [D, N] it is Longhorn's.
+    """
+    mixed, y = at(one, mixes, (B, 2 * D)), at(one, ys, (B, D))
+    tail, after = at(one, tails, (B, width - 1, D)), at(one, afters, (B, width - 1, D))
+    tap, tap_bias = at(one, taps, (D, width)), at(one, tap_biases, (D,))
+    choice, step_map = at(one, choices, (R + 2 * N, D)), at(one, step_maps, (D, R))
+    step_bias, logs, skip = at(one, step_biases, (D,)), at(one, logarithms, (D, N)), at(one, skips, (D,))
+    start, h = at(one, starts, (B, D, N)), at(one, ends, (B, D, N))
+    x, delta, chosen = np.empty(D, y.dtype), np.empty(D, y.dtype), np.empty(R + 2 * N, y.dtype)
+    rank, new, late = chosen[:R], chosen[R : R + N], chosen[R + N :]
+    for b in range(B):
+        out, z = y[b], mixed[b, D:]
+        if tap_biases:
+            copy_row(tap_bias, x)
+        else:
+            fill(x, 0)
+        convolve(tap, tail[b], mixed[b, :D], x, after[b])
+        activate(x)
+        for i in range(R + 2 * N):
+            chosen[i] = dot(choice[i], x)
+        if normed:
+            _unit(rank, eps)
+            _unit(new, eps)
+            _unit(late, eps)
+        for d in range(D):
+            delta[d] = dot(step_map[d], rank) + step_bias[d]
+        if logarithms:
+            for d in range(D):
+                delta[d] = softplus(delta[d])
+        else:
+            square = dot(new, new)
+            for d in range(D):
+                beta = sigmoid(delta[d])
+                delta[d] = beta / (1 + beta * square)
+        for d in range(D):
+            step, before, held = delta[d], start[b, d], h[b, d]
+            u = step * x[d]
+            if logarithms:
+                log = logs[d]
+                for n in range(N):
+                    held[n] = decay(-step * decay(log[n])) * before[n] + u * new[n]
+            else:
+                for n in range(N):
+                    held[n] = (1 - step * new[n] * new[n]) * before[n] + u * new[n]
+            out[d] = dot(held, late)
+        for d in range(D):
+            out[d] = (out[d] + skip[d] * x[d]) * sigmoid_and_silu(z[d])[1]

@@ -1,0 +1,86 @@
+"""Decoding of the state spaces and their kin by one compiled call is the full pass, and is left where it may not be."""
+
+from importlib import import_module
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import nn
+
+from remanence import catalogue
+from remanence.memory import make
+from remanence.ops import steps
+from remanence.ops.taps import tap
+from remanence.state import fork
+
+TOKENS = {
+    "mamba": ("selective_scan", "token"), "longhorn": ("selective_scan", "token"),
+}  # fmt: skip
+VARIANTS = [
+    ("mamba", {"norm_eps": 1e-5}), ("mamba", {"conv": 1}), ("longhorn", {"conv": 3, "conv_bias": False}),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _always(monkeypatch):
+    """Tokens of any size take the compiled form."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(steps, "STEP_FROM", 0)
+
+
+def counted(monkeypatch, id):
+    op, name = TOKENS[id]
+    kernels = import_module(f"remanence.ops.{op}").kernels
+    taken = Mock(side_effect=getattr(kernels, name))
+    monkeypatch.setattr(kernels, name, taken)
+    return taken
+
+
+@pytest.mark.parametrize(("id", "changed"), [*((id, {}) for id in TOKENS), *VARIANTS])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed, dtype, near):
+    small = catalogue.cards("memory")[id].small | changed
+    memory, taken = make(id, **small).to(dtype), counted(monkeypatch, id)
+    x = torch.randn(3, 9, small["dim"], dtype=dtype)
+    with torch.no_grad():
+        (_, state), (want, end) = memory(x[:, :2]), memory(x)
+        y = []
+        for token in x[:, 2:].split(1, 1):
+            before = fork(state)
+            out, after = memory(token, state)
+            torch.testing.assert_close(state, before, rtol=0, atol=0)
+            state = after
+            y.append(out)
+    assert taken.call_count == 7
+    torch.testing.assert_close(torch.cat(y, 1), want[:, 2:], rtol=near, atol=near)
+    torch.testing.assert_close(state, end, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("id", TOKENS)
+def test_watched_or_learning_layers_take_the_other_form(monkeypatch, id):
+    small = catalogue.cards("memory")[id].small
+    memory, taken, x = make(id, **small), counted(monkeypatch, id), torch.randn(1, 1, small["dim"])
+    state, calls = memory.initial_state(1), []
+    memory(x, state)
+    with torch.no_grad(), tap(lambda call: calls.append(call.op) or call.run()):
+        memory(x, state)
+    assert calls
+    assert not taken.called
+
+
+@pytest.mark.parametrize("part", ["step_size", "x_proj", "dt_proj"])
+def test_parts_that_somebody_listens_to_or_replaced_are_called(monkeypatch, part):
+    memory, x, seen = make("mamba", 6).eval(), torch.randn(1, 1, 6), Mock(return_value=None)
+    taken = counted(monkeypatch, "mamba")
+    with torch.no_grad():
+        hook = getattr(memory, part).register_forward_hook(seen)
+        want, _ = memory(x)
+        hook.remove()
+        assert seen.called
+        setattr(memory, part, nn.Sequential(getattr(memory, part)))
+        memory(x, memory.initial_state(1))
+        assert not taken.called
+        setattr(memory, part, getattr(memory, part)[0])
+        y, _ = memory(x)
+    assert taken.called
+    torch.testing.assert_close(y, want)
