@@ -12,10 +12,11 @@ from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
 from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.dispatch import compiled
 from remanence.ops.rotary import turned_heads
 from remanence.ops.window import attend
-from remanence.state import State, check_state
+from remanence.state import State, check_state, fits
 
 BLOCK = 64
 """Tokens by which the state grows, so that rows of different lengths can lie side by side."""
@@ -84,14 +85,17 @@ class SoftmaxAttention(SoftmaxWeights):
         return {"keys": k, "values": k.clone(), "position": k.new_zeros(batch, dtype=torch.int64)}
 
     def begin(self, x: Tensor, state: State | None) -> State:
-        name, fresh = type(self).__name__, self.initial_state(x.shape[0])
+        name = type(self).__name__
         expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
         if state is None:
-            return fresh
+            return self.initial_state(x.shape[0])
         keys = state.get("keys")
         room = keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 else 0
-        grown = {n: t.new_zeros(*t.shape[:2], room, t.shape[3]) for n, t in fresh.items() if t.ndim == 4}
-        check_state(name, state, {**fresh, **grown})
+        held = (self.kv_heads, room, self.head_dim), "floating"
+        if not fits(state, {"keys": held, "values": held, "position": ((), "integer")}, x.shape[0]):
+            fresh = self.initial_state(x.shape[0])
+            grown = {n: t.new_zeros(*t.shape[:2], room, t.shape[3]) for n, t in fresh.items() if t.ndim == 4}
+            check_state(name, state, {**fresh, **grown})
         if state["position"].max() > room:
             raise StateError(f"{name}: a state of {room} tokens cannot be at position {int(state['position'].max())}.")
         return state
@@ -100,11 +104,16 @@ class SoftmaxAttention(SoftmaxWeights):
         state = self.begin(x, state)
         if (T := x.shape[1]) == 0:
             return x, state
-        position, groups = state["position"], (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = turned_heads(wide(self.projected(x)), groups, position, self.frequencies)
-        room, total = state["keys"].shape[2], int(position.max()) + T
+        position, qkv, room = state["position"], self.projected(x), state["keys"].shape[2]
+        room_after = max(room, -(-(int(position.max()) + T) // BLOCK) * BLOCK)
+        if T == 1 and steps.worth(x, state["keys"]):
+            held = state["keys"], state["values"], position
+            seen = layer_steps.attention_token(qkv, *held, self.frequencies, room=room_after)
+            after = {"keys": seen.keys, "values": seen.values, "position": seen.position}
+            return self.readout(seen.y, x), after
+        groups = self.heads, self.kv_heads, self.kv_heads
+        q, k, v = turned_heads(wide(qkv), groups, position, self.frequencies)
         keys, values = (torch.cat([state[n], new], 2) if room else new for n, new in (("keys", k), ("values", v)))
-        room_after = max(room, -(-total // BLOCK) * BLOCK)
         after = {"keys": _last(keys, room_after), "values": _last(values, room_after), "position": position + T}
         y = attend(q, keys, values, position)[0] if T > 1 and compiled(q) else self._fused(q, keys, values, position)
         return self.readout(merge(y).to(x.dtype), x), after

@@ -138,3 +138,48 @@ def outer_token(
     given = mixed, v, g, top, weight, gate, start, y, highest, S
     run(_outer.outer_token, given, *where, B, H, K, V, *how, -1.0 if mean is None else mean, *finish)
     return y, S, highest
+
+
+_attention = Kernels("attention_step_kernels")
+
+
+class Seen(NamedTuple):
+    """What a token of attention finds: `y` [B, 1, H·K], the next keys and values, and how many were read [B]."""
+
+    y: Tensor
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+
+
+def attention_token(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    frequencies: Tensor,
+    *,
+    room: int | None = None,
+    reach: int | None = None,
+    stride: int = 1,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    logsumexp: Tensor | None = None,
+) -> Seen:
+    """Softmax attention from what a layer projects to the token itself and the `reach` nearest (all) before it.
+
+    Those seen lie multiples of `stride` back; a `prefix` (two [G, P, K]) is seen always. Queries and keys are turned by
+    their position as `steps.rotate` does, as many feature pairs as there are frequencies. Of the keys and values
+    `room` are kept, latest last, as many as before by default. `logsumexp` [B, H] is written to, where given.
+
+    Shapes: qkv [B, 1, (H + 2G)·K], keys and values [B, G, before, K], position int64 [B], frequencies float64.
+    """
+    B, G, before, K = keys.shape
+    H, room = qkv.shape[2] // K - 2 * G, before if room is None else room
+    y, new_k, new_v = keys.new_empty(B, 1, H * K), keys.new_empty(B, G, room, K), keys.new_empty(B, G, room, K)
+    position, rates, after = position.contiguous(), frequencies.contiguous(), blank(position)
+    first, second = prefix or (None, None)
+    where = position.data_ptr(), after.data_ptr(), rates.data_ptr()
+    how = B, H, G, K, len(rates), before, room, before if reach is None else reach, stride
+    given = qkv, keys, values, first, second, new_k, new_v, logsumexp, y
+    run(_attention.attention_token, given, *where, *how, 0 if first is None else first.shape[-2])
+    return Seen(y, new_k, new_v, after)
