@@ -16,7 +16,7 @@ STEPPED = [
     "retnet", "mamba", "mamba2", "griffin",
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
-    "softmax", "sliding-window", "neighborhood-attention",
+    "abc", "softmax", "sliding-window", "neighborhood-attention",
 ]  # fmt: skip
 
 
@@ -38,6 +38,10 @@ VARIANTS = [
     ("sliding-window", {"window": 1}),
     ("neighborhood-attention", {"window": 1, "dilation": 3}),
     ("neighborhood-attention", {"window": 2, "dilation": 3, "heads": 4}),
+    ("gsa", {"kv_heads": 1, "sharpness": 3.0}),
+    ("abc", {"kv_heads": 1}),
+    ("hgrn", {"lower_bound": LowerBounds(2, 6), "layer": 1}),
+    ("griffin", {"conv": 2}),
     ("hgrn2", {"lower_bound": 0.0, "heads": 4}),
     ("hgrn2", {"lower_bound": LowerBounds(2, 8), "layer": 1}),
     ("xlstm-7b", {"cap": None, "bias": True}),
@@ -68,11 +72,12 @@ def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
 TOKENS = {
     "gated-deltanet": "delta_token", "deltanet": "delta_token", "kimi-delta": "delta_token", "efla": "delta_token",
     "deltaproduct": "delta_token",
-    "gla": "outer_token", "linear-attention": "outer_token", "retnet": "outer_token", "mamba2": "state_space_token",
-    "xlstm-7b": "exponential_token", "rwkv7": "replacement_token", "rwkv6": "read_before_write", "rwkv": "softmax_scan",
+    "gla": "outer_token", "linear-attention": "outer_token", "retnet": "outer_token",
+    "xlstm-7b": "exponential_token",
     "hgrn2": "outer_token", "lightnet": "outer_token",
     "softmax": "attention_token", "sliding-window": "attention_token", "neighborhood-attention": "attention_token",
-    "griffin": "rg_lru", "min-lstm": "min_gru",
+    "griffin": "rg_lru_token", "min-lstm": "min_gru", "hgrn": "tied_token", "gsa": "slots_token", "abc": "slots_token",
+    "aaren": "one_query_token",
 }  # fmt: skip
 
 

@@ -15,8 +15,12 @@ from remanence.state import fork
 
 TOKENS = {
     "mamba": ("selective_scan", "token"), "longhorn": ("selective_scan", "token"),
+    "mamba2": ("recurrence_steps", "mamba2"), "rwkv": ("recurrence_steps", "rwkv"),
+    "rwkv6": ("recurrence_steps", "rwkv6"), "rwkv7": ("recurrence_steps", "rwkv7"),
 }  # fmt: skip
 VARIANTS = [
+    ("mamba2", {"norm_groups": 4, "conv_bias": False}), ("mamba2", {"groups": 1, "step_limit": (0.01, 0.05)}),
+    ("mamba2", {"conv": 2}), ("rwkv6", {"layer": 1, "decay_rank": 5}), ("rwkv7", {"layer": 1, "layers": 2, "rank": 5}),
     ("mamba", {"norm_eps": 1e-5}), ("mamba", {"conv": 1}), ("longhorn", {"conv": 3, "conv_bias": False}),
 ]  # fmt: skip
 

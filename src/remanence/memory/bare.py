@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
-PLAIN = frozenset({nn.Linear, nn.Softplus, nn.Sigmoid})
+PLAIN: set[type[nn.Module]] = {nn.Linear, nn.Softplus, nn.Sigmoid}
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def transparent(kind: Class) -> Class:
+    """A class of modules whose weights compiled tokens may read."""
+    PLAIN.add(kind)
+    return kind
 
 
 def bare(*modules: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, merge, split, wide, zeros
 from remanence.ops import steps
 from remanence.ops.norm import normalise
+from remanence.ops.recurrence_steps import mamba2
 from remanence.state import State
 
 
@@ -98,12 +99,14 @@ class Mamba2(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         inner = self.widths[0]
-        z, mixed, step = self.inward(x).split([inner, sum(self.widths), self.heads], dim=-1)
+        projected = self.inward(x)
+        if x.shape[1] == 1 and steps.worth(state["S"], projected):
+            held = state["conv"]["tail"], self.conv.weight, self.conv.bias
+            learnt, how = (self.step_bias, self.rate, self.skip, self.scale), (self.norm_groups, self.eps)
+            y, S, tail = mamba2(projected, held, learnt, state["S"], self.groups, self.step_limit, *how)
+            return self.out(y), {"S": S, "conv": {"tail": tail}}
+        z, mixed, step = projected.split([inner, sum(self.widths), self.heads], dim=-1)
         mixed, conv = self.conv(mixed, state["conv"], silu=True)
-        if x.shape[1] == 1 and steps.worth(state["S"], mixed, z, step):
-            given = mixed, z, step, self.step_bias, self.rate, self.skip, self.groups, self.step_limit, state["S"]
-            y, S = steps.state_space_token(*given)
-            return self._read(y, x), {"S": S, "conv": conv}
         u, B, C = mixed.split(self.widths, dim=-1)
         u = split(u, self.heads)
         k, q = (self._share(split(part, self.groups)) for part in (B, C))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import token_shift, wide, zeros
+from remanence.ops import steps
 from remanence.ops.expgate import EMPTY
+from remanence.ops.recurrence_steps import rwkv
 from remanence.ops.softmax_scan import softmax_scan
 from remanence.state import State
 
@@ -76,6 +78,9 @@ class RWKV(Memory):
         (k, v, r), last = self.shift(x, state["shift"])
         sums = {name: state[name] for name in ("w", "u", "m")}
         k, v = wide(self.key(k)), wide(self.value(v))
+        if x.shape[1] == 1 and steps.worth(state["w"], k, x):
+            y, after = rwkv(k, v, self.receptance(r), self.decay, self.bonus, sums)
+            return self.out(y), {"shift": last, **after}
         y, after = softmax_scan(k, v, -wide(self.decay).exp(), wide(self.bonus), sums)
         return self.out(self.receptance(r).sigmoid() * y.to(x.dtype)), {"shift": last, **after}
 

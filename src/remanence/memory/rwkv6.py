@@ -11,6 +11,7 @@ from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import HeadNorm, merge, per_head, split, token_shift, wide, zeros
 from remanence.ops import steps
+from remanence.ops.recurrence_steps import rwkv6, rwkv6_blends
 from remanence.ops.taps import watched
 from remanence.state import State
 
@@ -79,6 +80,8 @@ class RWKV6(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        if x.shape[1] == 1 and steps.worth(state["S"], x):
+            return self._token(x, state)
         (rough,), last = token_shift(x, state["shift"], self.mix_all[None])
         chosen = torch.tanh(rough @ self.mix_down).view(x.shape[:2].numel(), *self.mix_up.shape[:2]).transpose(0, 1)
         blends = torch.baddbmm(self.mix[:, None], chosen, self.mix_up).view(len(self.mix), *x.shape)
@@ -87,6 +90,15 @@ class RWKV6(Memory):
         r, k, v = (split(part, self.heads) for part in (self.receptance(r), self.key(k), self.value(v)))
         y, S = read_before_write(r, k, v, split(decay, self.heads), wide(self.bonus), state["S"])
         return self.out(self.norm(merge(y).to(x.dtype), self.gate(g), F.silu)), {"S": S, "shift": last}
+
+    def _token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token without gradients: what lies between the projections takes two compiled calls."""
+        blends = x, state["shift"], self.mix_all, self.mix_down, self.mix, self.mix_up
+        (w, k, v, r, g), last = rwkv6_blends(*blends)
+        projected = self.receptance(r), self.key(k), self.value(v), self.gate(g)
+        decay, norm = (self.decay_down, self.decay_up), (self.norm.weight, self.norm.bias)
+        y, S = rwkv6(w, decay, self.decay_base, projected, self.bonus, norm, self.norm.eps, state["S"])
+        return self.out(y), {"S": S, "shift": last}
 
 
 def read_before_write(

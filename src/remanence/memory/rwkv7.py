@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from remanence.catalogue import card
+from remanence.memory.bare import bare, transparent
 from remanence.memory.base import Memory
 from remanence.memory.parts import HeadNorm, l2_norm, merge, split, token_shift, wide, zeros
 from remanence.ops import steps
 from remanence.ops.dplr import dplr
+from remanence.ops.recurrence_steps import rwkv7
 from remanence.state import State
 
 LOWEST = -math.exp(-0.5)
 """The lowest log decay per token: a feature keeps at least exp(−e^−½) ≈ 0.545."""
 
 
+@transparent
 class LowRank(nn.Module):
     """W₂ f(W₁ x) + b on [..., dim], with W₁ = 0 at the start, so that all begin with their bias."""
 
@@ -34,6 +37,10 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
         return self.up(x if self.inner is None else self.inner(x))
+
+    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W₁, W₂ and b."""
+        return self.down.weight, self.up.weight, self.up.bias
 
 
 @card(
@@ -102,6 +109,10 @@ class RWKV7(Memory):
         heads, K = self.bonus.shape
         return {"S": zeros(self.k.weight, batch, heads, K, K), "shift": zeros(self.k.weight, batch, self.dim)}
 
+    def _plain(self) -> bool:
+        low = self.decay, self.rate, self.gate
+        return bare(*(part for m in low for part in (m, m.down, m.up)))
+
     def forward(
         self, x: Tensor, state: State | None = None, context: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, State]:
@@ -114,12 +125,13 @@ class RWKV7(Memory):
             context["rwkv7 values"] = v
         elif self.value_mix is not None and context is not None and "rwkv7 values" in context:
             v = v.lerp(context["rwkv7 values"], self.value_mix(x_v).sigmoid())
-        given = self.r(x_r), self.k(x_k), v, self.decay(x_w), self.rate(x_a)
-        if x.shape[1] == 1 and steps.worth(state["S"], *given):
-            learnt = self.removal, self.replacement, self.bonus
-            y, own, S = steps.replacement_token(*given, *learnt, LOWEST, state["S"])
-            return self.out((self.norm(y) + own) * self.gate(x_g)), {"S": S, "shift": last}
-        r, k, values, g, eta = (split(p, len(self.bonus)) for p in given)
+        rkv = self.r(x_r), self.k(x_k), v
+        if x.shape[1] == 1 and steps.worth(state["S"], x, v) and self._plain():
+            learnt, norm = (self.removal, self.replacement, self.bonus), (self.norm.weight, self.norm.bias)
+            maps = self.decay.maps(), self.rate.maps(), self.gate.maps()[:2]
+            y, S = rwkv7((x_w, x_a, x_g), rkv, *maps, learnt, norm, LOWEST, self.norm.eps, state["S"])
+            return self.out(y), {"S": S, "shift": last}
+        r, k, values, g, eta = (split(p, len(self.bonus)) for p in (*rkv, self.decay(x_w), self.rate(x_a)))
         g, eta = LOWEST * g.sigmoid(), eta.sigmoid()
         removal, replacement = (split(p[None, None], len(self.bonus)) for p in (self.removal, self.replacement))
         removed = l2_norm(k * removal, eps=1e-12)

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
-from numba.extending import overload
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import BAND, decay, jit, sigmoid_and_silu, summing
-from remanence.ops.step_kernels import activate, at, convolve, sigmoid
+from remanence.ops.step_kernels import activate, at, convolve, sigmoid, softplus
 
 BLOCK = 256
-_ZERO, _TWO = np.float32(0), np.float32(2)
-_C3, _C5, _C7, _C9, _C11, _C13 = (np.float32(1 / n) for n in (3, 5, 7, 9, 11, 13))
 
 
 @jit
@@ -136,26 +132,6 @@ def backward(first, last, x, delta, A, B, C, kept, size, d_y, d_h, d_x, d_delta,
                     for d in range(width):
                         d_x[i, t, left + d] = d_u[d] * step[d]
                         d_delta[i, t, left + d] = d_u[d] * now[d] + d_rate[d]
-
-
-def softplus(x: float) -> float:
-    """log(1 + eˣ): in float32 by a series, which vectorises where libm's logarithm does not."""
-    raise TypeError("softplus is for compiled code.")
-
-
-@overload(softplus, inline="always", jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
-def _softplus(x):
-    def wide(x):
-        return max(x, 0) + math.log1p(math.exp(-abs(x)))
-
-    def single(x):
-        e = decay(-abs(x))
-        s = e / (_TWO + e)  # log(1 + e) = 2 artanh(s), and s ≤ 1/3
-        z = s * s
-        series = ((((_C13 * z + _C11) * z + _C9) * z + _C7) * z + _C5) * z + _C3
-        return max(x, _ZERO) + _TWO * (s + s * z * series)
-
-    return single if x == numba.types.float32 else wide
 
 
 @jit
