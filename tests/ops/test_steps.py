@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence.errors import ShapeError
 from remanence.memory.griffin import BlockLinear
 from remanence.memory.parts import HeadNorm, RMSNorm, rotate, token_shift
-from remanence.ops import steps
+from remanence.ops import layer_steps, steps
 from remanence.ops.conv import causal_conv, causal_conv_reference
 from remanence.ops.delta import gated_delta_rule, gated_delta_rule_reference
 from remanence.ops.dplr import dplr, dplr_reference
@@ -128,6 +128,15 @@ def test_token_shift():
     torch.testing.assert_close(last, newest, rtol=0, atol=0)
 
 
+def rg_lru(u, gates, rate, empty, start):
+    """The recurrence alone: behind a convolution that sees one token, and a gate that lets everything through."""
+    mixed = torch.cat([torch.full_like(u, 100), u], -1)
+    conv = torch.ones(u.shape[2], 1, dtype=u.dtype), None, u.new_zeros(len(u), 0, u.shape[2])
+    y, h, _ = layer_steps.rg_lru_token(mixed, conv, *gates, rate.expm1().log(), empty, start)
+    torch.testing.assert_close(y[:, 0], 100 * h)
+    return h
+
+
 def test_rg_lru_maps_block_by_block():
     gates = [BlockLinear(H * K, H).double() for _ in range(2)]
     for gate in gates:
@@ -137,7 +146,7 @@ def test_rg_lru_maps_block_by_block():
     log_a, empty = -8 * decay * rate, torch.tensor([True, False])
     scale = torch.where(empty[:, None], 1.0, (-torch.expm1(2 * log_a)).sqrt())
     want = log_a.exp() * start + scale * into * u[:, 0]
-    h = steps.rg_lru(u, *((gate.weight, gate.bias) for gate in gates), rate, empty, start)
+    h = rg_lru(u, [(gate.weight, gate.bias) for gate in gates], rate, empty, start)
     torch.testing.assert_close(h, want, rtol=1e-12, atol=1e-12)
 
 
@@ -155,7 +164,8 @@ def test_rg_lru_keeps_the_variance_at_every_rate(rate):
     for dtype, exact in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         one = torch.ones(1, 1, 1, dtype=dtype)
         half, open_ = (0 * one, torch.zeros(1, dtype=dtype)), (0 * one, torch.full((1,), 50, dtype=dtype))
-        h = steps.rg_lru(one, half, open_, torch.tensor([rate], dtype=dtype), empty, torch.zeros(1, 1, dtype=dtype))
+        rates = torch.tensor([rate], dtype=torch.float64).to(dtype)
+        h = rg_lru(one, [half, open_], rates, empty, torch.zeros(1, 1, dtype=dtype))
         want = (-torch.expm1(2 * -4 * torch.tensor([[rate]], dtype=torch.float64))).sqrt()
         torch.testing.assert_close(h.double(), want, rtol=exact, atol=0)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, per_head, wide, zeros
-from remanence.ops import dispatch, steps, taps
+from remanence.ops import dispatch, layer_steps, steps, taps
 from remanence.ops.rg_lru import by_scan, rg_lru
 from remanence.state import State
 
@@ -77,17 +77,18 @@ class Griffin(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        branch, u = self.inward(x).chunk(2, dim=-1)
-        u, conv = self.conv(u, state["conv"])
+        mixed = self.inward(x)
+        if x.shape[1] == 1 and steps.worth(x, state["h"]):
+            conv = self.conv.weight, self.conv.bias, state["conv"]["tail"]
+            slow, take = ((gate.weight, gate.bias) for gate in (self.decay_gate, self.input_gate))
+            y, h, tail = layer_steps.rg_lru_token(mixed, conv, slow, take, self.base, state["empty"], state["h"])
+            return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": {"tail": tail}}
+        branch, u = mixed.chunk(2, dim=-1)
+        u, kept = self.conv(u, state["conv"])
         gated, rate = u.to(x.dtype), F.softplus(wide(self.base))
-        if x.shape[1] == 1 and steps.worth(u, gated, state["h"]):
-            decay_map, input_map = ((gate.weight, gate.bias) for gate in (self.decay_gate, self.input_gate))
-            h = steps.rg_lru(u, decay_map, input_map, rate, state["empty"], state["h"])
-            y = F.gelu(branch, approximate="tanh") * h.unsqueeze(1)
-            return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": conv}
         decay, into = wide(self.decay_gate(gated)), wide(self.input_gate(gated))
         run = rg_lru if x.shape[1] > 1 and dispatch.compiled(u) and not taps.watched() else by_scan
         h, after = run(u, decay, into, rate, state["empty"], state["h"].to(u.dtype))
         empty = state["empty"] & (x.shape[1] == 0)
         y = self.out(F.gelu(branch, approximate="tanh") * h.to(x.dtype))
-        return y, {**after, "empty": empty, "conv": conv}
+        return y, {**after, "empty": empty, "conv": kept}

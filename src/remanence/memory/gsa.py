@@ -10,6 +10,7 @@ from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.lightnet import running_logsumexp
 from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import EMPTY
 from remanence.ops.slots import slots
 from remanence.state import State
@@ -70,9 +71,15 @@ class GSA(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        parts, counts = F.silu(self.qkv(x)).split(self.widths, dim=-1), (self.heads, self.kv_heads, self.kv_heads)
+        qkv, scores = self.qkv(x), wide(self.gate(x))
+        if x.shape[1] == 1 and steps.worth(x, state["K"]):
+            y, state = layer_steps.slots_token(
+                qkv, scores, state, self.norm.weight, self.norm.eps or 0.0, self.sharpness
+            )
+            return self.out(y), state
+        parts, counts = F.silu(qkv).split(self.widths, dim=-1), (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (split(part, count) for part, count in zip(parts, counts, strict=True))
-        w, log_decay, rest = self.write(wide(self.gate(x)), state)
+        w, log_decay, rest = self.write(scores, state)
         held, share = {"K": state["K"], "V": state["V"]}, self.heads // self.kv_heads
         if share > 1:
             k, v, w, log_decay, *kept = (t.repeat_interleave(share, 1) for t in (k, v, w, log_decay, *held.values()))

@@ -48,7 +48,7 @@ def attention_token(
             _keep(old_k[b, g], k, new_k[b, g])
             for s in range(share):
                 _scores(q[s], fixed_k[g], old_k[b, g], k, n, stride, weights[s])
-                total = _softmax(weights[s, : P + n + 1])
+                total = softmax(weights[s, : P + n + 1])
                 if logsums:
                     logsum[b, g * share + s] = total
             _keep(old_v[b, g], v, new_v[b, g])
@@ -80,7 +80,7 @@ def _scores(q, fixed, held, k, n, stride, out):
 
 
 @jit
-def _softmax(x):
+def softmax(x):
     """In place; returns the logarithm of the sum of exponentials."""
     most = x[0]
     for j in range(x.shape[0]):

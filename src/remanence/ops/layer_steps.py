@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from remanence.ops.steps import PLAIN, Kernels, blank, fits, run
+from remanence.state import State
 
 
 class Readout(NamedTuple):
@@ -138,6 +139,107 @@ def outer_token(
     given = mixed, v, g, top, weight, gate, start, y, highest, S
     run(_outer.outer_token, given, *where, B, H, K, V, *how, -1.0 if mean is None else mean, *finish)
     return y, S, highest
+
+
+def exponential_token(
+    mixed: Tensor,
+    gates: Tensor,
+    state: State,
+    norm: tuple[Tensor, Tensor | None, float],
+    cap: float | None,
+    eps: float,
+) -> tuple[Tensor, State]:
+    """`expgate` from what a layer projects: queries to be scaled, gates [B, 1, 2H] (write, forget) to be capped.
+
+    Shapes: mixed [B, 1, H·(2K + 2V)], queries, keys, values and the logits of what gates y [B, 1, H·V], after a layer
+    norm of each head by weight, bias [H·V] and eps; the state that of `expgate`.
+    """
+    C, n, m = state["C"], state["n"].double().contiguous(), state["m"].double().contiguous()
+    (B, H, K, V), count, top = C.shape, blank(n), blank(m)
+    y, S, opening = C.new_empty(B, 1, H * V), blank(C), mixed[..., 2 * H * K + H * V :]
+    exact = n.data_ptr(), count.data_ptr(), m.data_ptr(), top.data_ptr()
+    given = mixed, gates, norm[0], norm[1], opening, C, y, S
+    run(_outer.exponential_token, given, *exact, *C.shape, mixed.shape[2], float(cap or 0), eps, norm[2])
+    return y, {"C": S, "n": count, "m": top}
+
+
+_cells = Kernels("cell_step_kernels")
+
+
+def tied_token(
+    forget: Tensor, candidate: Tensor, start: Tensor, least: Tensor | float, weight: Tensor, gate: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y = norm(h) ⊙ SiLU(gate) and the next h = a h + (1 − a) SiLU(candidate), a = least + (1 − least) σ(forget).
+
+    Shapes: y, h and start [B, D], the others [B, 1, D] or [D].
+    """
+    h, y, (B, D) = blank(start), blank(candidate), start.shape
+    lowest, bound = (least, 0.0) if isinstance(least, Tensor) else (None, float(least))
+    run(_cells.tied_token, (forget, candidate, lowest, weight, gate, start, h, y), B, D, bound, eps)
+    return y, h
+
+
+def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
+    """The next h [B, D] of a GRU or LSTM whose gates see only the input: z [B, 1, (gates + 1)·D] are all logits."""
+    h = blank(start)
+    run(_cells.min_gru, (z, start, h), *start.shape, gates)
+    return h
+
+
+Block = tuple[Tensor, Tensor]
+
+
+def rg_lru_token(
+    mixed: Tensor, conv: tuple[Tensor, Tensor | None, Tensor], decay: Block, into: Block, base: Tensor, empty: Tensor,
+    start: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """GeLU(branch) ⊙ h, the next h and the next tail of the gated recurrence of bounded variance.
+
+    Decay and input gates are given by their maps of the convolved u, block by block: weights [blocks, in, out] and
+    biases [D]; the convolution by its taps [D, width], bias and tail.
+
+    Shapes: mixed [B, 1, 2·D], branch and u; base [D], a softplus short of the rate; empty bool [B]; start [B, D].
+    """
+    (taps, offset, tail), (B, D), (blocks, size, _) = conv, start.shape, decay[0].shape
+    y, h, after, empty = mixed.new_empty(B, 1, D), blank(start), blank(tail), empty.contiguous()
+    given = mixed, taps, offset, tail, *decay, *into, base, start, after, y, h
+    run(_cells.rg_lru_token, given, empty.data_ptr(), B, blocks, size, taps.shape[1])
+    return y, h, after
+
+
+def one_query_token(key: Tensor, value: Tensor, query: Tensor, state: State) -> tuple[Tensor, State]:
+    """A running softmax with the same query [H, K] for all times: key, value and y [B, 1, H·K].
+
+    State w [B, H·K], u [B, H], and m [B, H] in float64: the weighted sums of values and of ones, and the exponent taken
+    out of both.
+    """
+    w, u, m = state["w"], state["u"], state["m"].double().contiguous()
+    y, new_w, new_u, top = blank(value), blank(w), blank(u), blank(m)
+    given = key, value, query, w, u, y, new_u, new_w
+    run(_cells.one_query_token, given, m.data_ptr(), top.data_ptr(), len(w), *query.shape)
+    return y, {"w": new_w, "u": new_u, "m": top}
+
+
+_slots = Kernels("slot_step_kernels")
+
+
+def slots_token(
+    mixed: Tensor, scores: Tensor, state: State, weight: Tensor | None, eps: float, temper: float = 1.0
+) -> tuple[Tensor, State]:
+    """`slots` from what a layer projects, which passes SiLU: norm(SiLU(y)) [B, 1, H·K] of all heads, and the state.
+
+    A slot keeps σ(score)^{1/temper} and takes the rest; or, where the state has a "z" [B, G·M], the logarithms of the
+    running sums of exp scores, it takes its share of these.
+
+    Shapes: mixed [B, 1, (H + 2G)·K], scores [B, 1, G·M], state "K" and "V" [B, G, M, K].
+    """
+    keys, values, top = state["K"], state["V"], state.get("z")
+    (B, G, M, K), new_k, new_v = keys.shape, blank(keys), blank(values)
+    H, after = mixed.shape[2] // K - 2 * G, None if top is None else blank(top)
+    y = keys.new_empty(B, 1, H * K)
+    given = mixed, scores, top, weight, keys, values, y, after, new_k, new_v
+    run(_slots.slots_token, given, B, H, G, M, K, float(temper), eps)
+    return y, {"K": new_k, "V": new_v} | ({} if after is None else {"z": after})
 
 
 _attention = Kernels("attention_step_kernels")

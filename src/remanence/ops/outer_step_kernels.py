@@ -5,18 +5,22 @@ Tensors come as in `step_kernels`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from remanence.ops.cell_step_kernels import tied
 from remanence.ops.chunk_kernels import copy_row, fill
 from remanence.ops.compiled import decay, jit
+from remanence.ops.decay import FLOOR
 from remanence.ops.step_kernels import (
     ELU,
+    SIGMOID,
     SILU,
     activate,
     at,
     normalise,
     phases,
-    sigmoid,
     softplus,
     turn,
     write_and_read,
@@ -63,15 +67,15 @@ def outer_token(
                 fill(low, bound)
                 if gs:
                     copy_row(least[h], low)
-                _tied(k, low, a, early)
+                tied(k, low, a, early)
             elif forget == RUNNING:
-                _running(k, top[b, h], a, early, next_top[b, h])
+                running(k, top[b, h], a, early, next_top[b, h])
             else:
                 _features(k, features, key_scale, early)
             if forget == FIXED:
                 fill(a, decay(g[h]))
             elif forget == CHOSEN:
-                _chosen(logits[b, h], temper, a)
+                fading(logits[b, h], temper, a)
             if positions:
                 copy_row(late, turned)
                 turn(turned, cos, sin, late)
@@ -107,7 +111,8 @@ def _features(x, kind, scale, out):
 
 
 @jit
-def _chosen(logits, temper, a):
+def fading(logits, temper, a):
+    """a = σ(f)^{1/temper}."""
     by = a.dtype.type(-1 / temper)
     for i in range(a.shape[0]):
         a[i] = by * softplus(-logits[i])
@@ -116,17 +121,7 @@ def _chosen(logits, temper, a):
 
 
 @jit
-def _tied(logits, least, a, early):
-    """Keeps γ + (1 − γ) σ(f) and writes the rest, (1 − γ) σ(−f), which has its digits also where it is little."""
-    one = a.dtype.type(1)
-    for i in range(a.shape[0]):
-        early[i] = (one - least[i]) * sigmoid(-logits[i])
-    for i in range(a.shape[0]):
-        a[i] = least[i] + (one - least[i]) * sigmoid(logits[i])
-
-
-@jit
-def _running(x, top, a, early, next_top):
+def running(x, top, a, early, next_top):
     """z' = log(eᶻ + eˣ), which keeps e^{z − z'} and writes e^{x − z'}."""
     for i in range(a.shape[0]):
         next_top[i] = max(top[i], x[i]) + softplus(-abs(top[i] - x[i]))
@@ -134,3 +129,50 @@ def _running(x, top, a, early, next_top):
         a[i] = decay(top[i] - next_top[i])
     for i in range(a.shape[0]):
         early[i] = decay(x[i] - next_top[i])
+
+
+@jit
+def exponential_token(
+    one, mixes, gates, weights, offsets, opens, starts, ys, ends, counts, next_counts, tops, next_tops,
+    B, H, K, V, D, cap, eps, norm_eps,
+):  # fmt: skip
+    """The matrix LSTM from what it projects, D features that begin with queries, keys and values.
+
+    Gates are logits of writing and of forgetting [B, 2H], softly capped at `cap` unless it is 0. `counts` are n
+    [B, H, K], `tops` m [B, H], both in float64. What was read passes a layer norm of each head, with weight and offset
+    [H, V], and a sigmoid gate, `opens` [B, H·V].
+    """
+    mixed, gate, y = at(one, mixes, (B, D)), at(one, gates, (B, 2 * H)), at(one, ys, (B, H, V))
+    start, C = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
+    count, n = at(1.0, counts, (B, H, K)), at(1.0, next_counts, (B, H, K))
+    top, m = at(1.0, tops, (B, H)), at(1.0, next_tops, (B, H))
+    a, early, late = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
+    scale = y.dtype.type(1 / math.sqrt(K))
+    for b in range(B):
+        for h in range(H):
+            place = 2 * H * K + h * V
+            q, k, v = (
+                mixed[b, h * K : (h + 1) * K],
+                mixed[b, (H + h) * K : (H + h + 1) * K],
+                mixed[b, place : place + V],
+            )
+            into, keep = np.float64(gate[b, h]), np.float64(gate[b, H + h])
+            if cap:
+                into, keep = cap * math.tanh(into / cap), cap * math.tanh(keep / cap)
+            keep = max(-softplus(-keep), FLOOR) + top[b, h]
+            m[b, h] = max(keep, into)
+            kept, written = math.exp(keep - m[b, h]), math.exp(into - m[b, h])
+            fill(a, kept)
+            seen, counted, before = 0.0, n[b, h], count[b, h]
+            for i in range(K):
+                late[i] = scale * q[i]
+                early[i] = written * k[i]
+                counted[i] = kept * before[i] + written * k[i]
+                seen += counted[i] * q[i]
+            seen *= 1 / math.sqrt(K)
+            out = y[b, h]
+            write_and_read(start[b, h], a, early, v, late, C[b, h], out)
+            size = y.dtype.type(1 / (max(abs(seen), math.exp(-m[b, h])) + eps))
+            for d in range(V):
+                out[d] *= size
+    normalise(one, ys, weights, offsets, opens, ys, B * H, V, H, True, SIGMOID, 1 / V, norm_eps)

@@ -16,7 +16,7 @@ from numba.extending import intrinsic, overload
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit, sigmoid_and_silu, summing
 from remanence.ops.decay import FLOOR
-from remanence.ops.dplr_kernels import read, write
+from remanence.ops.dplr_kernels import write
 
 PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
 """What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
@@ -61,6 +61,20 @@ def _softplus(x):
         return max(x, zero) + s * (two + r * (c3 + r * (c5 + r * (c7 + r * (c9 + r * (c11 + r * c13))))))
 
     return single if x == types.float32 else wide
+
+
+@jit
+def lost(x, out):
+    """1 − eˣ for x ≤ 0, by a series near 0, where 1 − eˣ loses its digits."""
+    one, half = out.dtype.type(1), out.dtype.type(-0.5)
+    fill(out, 1)
+    for n in range(15, 1, -1):
+        part = out.dtype.type(1 / n)
+        for d in range(x.shape[0]):
+            out[d] = one + part * x[d] * out[d]
+    for d in range(x.shape[0]):
+        near, far = -x[d] * out[d], one - decay(x[d])
+        out[d] = near if x[d] > half else far
 
 
 @jit
@@ -246,66 +260,6 @@ def scan(one, gs, bs, starts, hs, B, D):
 
 
 @jit
-def min_gru(one, zs, starts, hs, B, D, gates):
-    """z [B, (gates + 1)·D]: the logits of the gates, and the candidate; h [B, D]."""
-    z, start, h = at(one, zs, (B, (gates + 1) * D)), at(one, starts, (B, D)), at(one, hs, (B, D))
-    for i in range(B):
-        row, before, now = z[i], start[i], h[i]
-        first, candidate = row[:D], row[gates * D :]
-        for d in range(D):
-            now[d] = sigmoid(first[d])
-        if gates == 2:  # the first forgets, the second writes
-            second = row[D : 2 * D]
-            for d in range(D):
-                share = sigmoid(second[d])
-                now[d] = share / (share + now[d])
-        for d in range(D):
-            x = candidate[d]
-            new = x + 0.5 if x >= 0 else sigmoid(x)
-            now[d] = before[d] + now[d] * (new - before[d])
-
-
-@jit
-def _blocks(x, weight, bias, y):
-    """y [blocks, size] = x of a block times its matrix, weight [blocks, in, out], plus bias."""
-    for n in range(x.shape[0]):
-        read(x[n], weight[n], y[n])
-        add(bias[n], bias.dtype.type(1), y[n])
-
-
-@jit
-def rg_lru(one, us, decay_maps, decay_biases, input_maps, input_biases, rates, starts, hs, empties, B, blocks, size):
-    """a = exp(−8 σ(decay) rate), h = a h + √(1 − a²) σ(input) u, both logits linear in u, block by block.
-
-    u, h [B, blocks·size], rate [blocks·size], maps [blocks, in, out]; empty [B], a byte each.
-    """
-    D, maps = blocks * size, (blocks, size, size)
-    u, start, h = at(one, us, (B, D)), at(one, starts, (B, D)), at(one, hs, (B, D))
-    rate, empty = at(one, rates, (D,)), at(np.uint8(0), empties, (B,))
-    slow, slow_bias = at(one, decay_maps, maps), at(one, decay_biases, (blocks, size))
-    take, take_bias = at(one, input_maps, maps), at(one, input_biases, (blocks, size))
-    first, second = np.empty((blocks, size), h.dtype), np.empty((blocks, size), h.dtype)
-    series = np.empty(D, h.dtype)  # of (eˣ − 1)/x, since 1 − eˣ loses its digits near 0
-    forget, into = first.reshape(D), second.reshape(D)
-    for i in range(B):
-        new, before, now = u[i], start[i], h[i]
-        _blocks(new.reshape((blocks, size)), slow, slow_bias, first)
-        _blocks(new.reshape((blocks, size)), take, take_bias, second)
-        for d in range(D):
-            now[d] = -8 * sigmoid(forget[d]) * rate[d]
-        fill(series, 1)
-        for n in range(15, 1, -1):
-            part = h.dtype.type(2 / n)
-            for d in range(D):
-                series[d] = one + part * now[d] * series[d]
-        for d in range(D):
-            double = 2 * now[d]
-            lost = -double * series[d] if double > -0.5 else one - decay(double)
-            scale = one if empty[i] else math.sqrt(lost)
-            now[d] = decay(now[d]) * before[d] + scale * sigmoid(into[d]) * new[d]
-
-
-@jit
 def linear_attention(one, qs, ks, vs, gs, starts, ys, ends, B, H, K, V, decays):
     """`decays`, and the last axis of g: none, one for the head, or one per key feature."""
     q, k, g = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gs, (B, H, decays))
@@ -368,45 +322,6 @@ def state_space_token(one, mixes, zs, steps, biases, rates, skips, starts, ys, e
         logits = z[b]
         for d in range(H * V):
             out[d] *= sigmoid_and_silu(logits[d])[1]
-
-
-@jit
-def exponential_token(
-    one, qs, ks, vs, gates, starts, ys, ends, counts, next_counts, tops, next_tops, B, H, K, V, cap, eps
-):
-    """The matrix LSTM from what it projects: queries, keys and values, logits of writing and of forgetting [B, 2H].
-
-    `counts` are n [B, H, K], `tops` m [B, H], both in float64. Queries are scaled by K^{-1/2}; gates are softly
-    capped at `cap`, unless it is 0.
-    """
-    q, k, gate = at(one, qs, (B, H, K)), at(one, ks, (B, H, K)), at(one, gates, (B, 2 * H))
-    v, y = at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
-    start, C = at(one, starts, (B, H, K, V)), at(one, ends, (B, H, K, V))
-    count, n = at(1.0, counts, (B, H, K)), at(1.0, next_counts, (B, H, K))
-    top, m = at(1.0, tops, (B, H)), at(1.0, next_tops, (B, H))
-    a, early, late = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype)
-    scale = y.dtype.type(1 / math.sqrt(K))
-    for b in range(B):
-        for h in range(H):
-            into, keep = np.float64(gate[b, h]), np.float64(gate[b, H + h])
-            if cap:
-                into, keep = cap * math.tanh(into / cap), cap * math.tanh(keep / cap)
-            keep = max(-softplus(-keep), FLOOR) + top[b, h]
-            m[b, h] = max(keep, into)
-            kept, written = math.exp(keep - m[b, h]), math.exp(into - m[b, h])
-            fill(a, kept)
-            seen, counted, before = 0.0, n[b, h], count[b, h]
-            for i in range(K):
-                late[i] = scale * q[b, h, i]
-                early[i] = written * k[b, h, i]
-                counted[i] = kept * before[i] + written * k[b, h, i]
-                seen += counted[i] * q[b, h, i]
-            seen *= 1 / math.sqrt(K)
-            out = y[b, h]
-            write_and_read(start[b, h], a, early, v[b, h], late, C[b, h], out)
-            size = y.dtype.type(1 / (max(abs(seen), math.exp(-m[b, h])) + eps))
-            for d in range(V):
-                out[d] *= size
 
 
 @jit

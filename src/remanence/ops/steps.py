@@ -125,32 +125,6 @@ def scan(g: Tensor, b: Tensor, start: Tensor) -> Tensor:
     return h
 
 
-def min_gru(z: Tensor, gates: int, start: Tensor) -> Tensor:
-    """The next h [B, D] of a GRU or LSTM whose gates see only the input: z [B, 1, (gates + 1)·D] are all logits."""
-    h = blank(start)
-    run(kernels.min_gru, (z, start, h), *start.shape, gates)
-    return h
-
-
-def rg_lru(
-    u: Tensor,
-    decay: tuple[Tensor, Tensor],
-    into: tuple[Tensor, Tensor],
-    rate: Tensor,
-    empty: Tensor,
-    start: Tensor,
-) -> Tensor:
-    """The next h [B, D] of the gated recurrence of bounded variance, from u [B, 1, D].
-
-    Decay and input gates are given by their maps, block by block: weights [blocks, in, out] and biases [D]. Rate [D];
-    empty bool [B].
-    """
-    h, empty, (blocks, size, _) = blank(start), empty.contiguous(), decay[0].shape
-    fits("rg_lru", start, len(u), blocks * size)
-    run(kernels.rg_lru, (u, *decay, *into, rate, start, h), empty.data_ptr(), len(u), blocks, size)
-    return h
-
-
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
     (B, H, _, K), V = k.shape, v.shape[3]
     fits("linear_attention", start, B, H, K, V)
@@ -192,20 +166,6 @@ def state_space_token(
     given = mixed, z, step, bias, rate, skip, start, y, S
     run(kernels.state_space_token, given, B, H, groups, K, V, float(limit[0]), float(limit[1]))
     return y, S
-
-
-def exponential_token(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: State, cap: float | None, eps: float
-) -> tuple[Tensor, State]:
-    """`expgate` from what a layer projects: queries to be scaled, gates [B, 1, 2H] (write, forget) to be capped.
-
-    Shapes: q, k [B, 1, H·K], v and y [B, 1, H·V], the state that of `expgate`.
-    """
-    C, n, m = state["C"], state["n"].double().contiguous(), state["m"].double().contiguous()
-    y, S, count, top = blank(v), blank(C), blank(n), blank(m)
-    exact = n.data_ptr(), count.data_ptr(), m.data_ptr(), top.data_ptr()
-    run(kernels.exponential_token, (q, k, v, gates, C, y, S), *exact, *C.shape, float(cap or 0), eps)
-    return y, {"C": S, "n": count, "m": top}
 
 
 def softmax_scan(
