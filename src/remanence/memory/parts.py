@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +252,10 @@ class GatedReadout(nn.Module):
         return self.out(self.norm(y, gate, self.activation).flatten(2))
 
 
+_compare = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
+_compare.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+
+
 class Derived:
     """What a layer computes from its parameters alone, kept for as long as they keep their values.
 
@@ -275,4 +281,8 @@ class Derived:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    if a.is_cpu and a.is_contiguous() and b.is_contiguous():  # far sooner than number by number
+        return _compare(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
+    return torch.equal(a, b)
