@@ -15,6 +15,8 @@ from remanence.state import fork
 
 TOKENS = {
     "mamba": ("selective_scan", "token"), "longhorn": ("selective_scan", "token"),
+    "s4d": ("complex_scan", "diagonal_token"), "stablessm": ("complex_scan", "diagonal_token"),
+    "lru": ("complex_scan", "shared_token"), "s5": ("complex_scan", "shared_token"),
     "mamba2": ("recurrence_steps", "mamba2"), "rwkv": ("recurrence_steps", "rwkv"),
     "rwkv6": ("recurrence_steps", "rwkv6"), "rwkv7": ("recurrence_steps", "rwkv7"),
 }  # fmt: skip

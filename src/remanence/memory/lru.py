@@ -10,21 +10,28 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import Derived, wide, zeros
 from remanence.memory.reparameterise import decay, decay_weight
-from remanence.ops.complex_scan import complex_scan
+from remanence.ops import steps
+from remanence.ops.complex_scan import complex_scan, shared_token
 from remanence.state import State
 
 
-def through_modes(x: Tensor, a: Tensor, scale: Tensor, B: Tensor, C: Tensor, state: State) -> tuple[Tensor, State]:
-    """h_t = a ⊙ h_{t−1} + scale ⊙ (B x_t), read as Re(C h_t): all features share N complex modes.
+def through_modes(
+    x: Tensor, a: Tensor, scale: Tensor, B: Tensor, C: Tensor, D: Tensor, state: State, times: float = 1.0
+) -> tuple[Tensor, State]:
+    """h_t = a ⊙ h_{t−1} + scale ⊙ (B x_t), read as times · Re(C h_t) + D ⊙ x_t: all features share N complex modes.
 
     Shapes: x and y [batch, time, dim]; a, scale complex [N] or [batch, time, N]; B [N, 2, dim] and C [dim, N, 2],
-    real and imaginary parts; state {"h": [batch, N, 2]}.
+    real and imaginary parts; D [dim]; state {"h": [batch, N, 2]}.
     """
+    if x.shape[1] == 1 and steps.worth(state["h"], x):
+        y, now = shared_token(x, a, scale, B, C, D, state["h"], times)
+        return y, {"h": now}
     u = torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))
     h, state = complex_scan(a, scale * u, state)
-    return F.linear(torch.view_as_real(h).flatten(-2), (C * C.new_tensor([1, -1])).flatten(-2)), state
+    y = F.linear(torch.view_as_real(h).flatten(-2), (C * C.new_tensor([times, -times])).flatten(-2))
+    return torch.addcmul(y, D, x), state
 
 
 @card(
@@ -76,15 +83,20 @@ class LRU(Memory):
         self.C = nn.Parameter(torch.randn(dim, N, 2) / math.sqrt(N))
         self.D = nn.Parameter(torch.randn(dim))
         self.out = nn.Linear(dim, 2 * dim)
+        self.system = Derived(self.modes)
+
+    def modes(self, nu: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """λ and γ, complex [states]."""
+        phase = wide(theta).exp()
+        a = decay(wide(nu), self.stable) * torch.complex(phase.cos(), phase.sin())
+        return a, wide(gamma).exp().to(a.dtype)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.nu, batch, len(self.nu), 2)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        radius, phase = decay(wide(self.nu), self.stable), wide(self.theta).exp()
-        a = torch.complex(radius * phase.cos(), radius * phase.sin())
-        u = wide(x)
-        y, state = through_modes(u, a, wide(self.gamma).exp(), wide(self.B), wide(self.C), state)
-        y = F.gelu(y + wide(self.D) * u, approximate="tanh").to(x.dtype)
+        a, scale = self.system(self.nu, self.theta, self.gamma)
+        y, state = through_modes(wide(x), a, scale, wide(self.B), wide(self.C), wide(self.D), state)
+        y = F.gelu(y, approximate="tanh").to(x.dtype)
         return F.glu(self.out(y), dim=-1), state

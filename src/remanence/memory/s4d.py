@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import Derived, wide, zeros
 from remanence.memory.reparameterise import rate, rate_weight
 from remanence.memory.s5 import hold, normal_hippo
-from remanence.ops.complex_scan import diagonal_ssm
+from remanence.ops import steps
+from remanence.ops.complex_scan import diagonal_ssm, diagonal_token
 from remanence.state import State
 
 
@@ -69,19 +70,28 @@ class S4D(Memory):
         self.C = nn.Parameter(torch.randn(dim, states // 2, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(dim))
         self.out = nn.Linear(dim, 2 * dim)
+        self.system = Derived(self.modes)
 
     def kernel(self) -> tuple[Tensor, Tensor]:
         """(a, c), complex [dim, states/2], of the kernel K_l = Re Σ_n c_n aₙˡ."""
-        A = torch.complex(-rate(wide(self.real), self.stable), wide(self.imaginary))
-        a, held = hold(A, wide(self.log_step).exp())
-        return a, 2 * torch.view_as_complex(wide(self.C)) * held
+        return self.system(self.real, self.imaginary, self.log_step, self.C)
+
+    def modes(self, real: Tensor, imaginary: Tensor, log_step: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        A = torch.complex(-rate(wide(real), self.stable), wide(imaginary))
+        a, held = hold(A, wide(log_step).exp())
+        return a, 2 * torch.view_as_complex(wide(C)) * held
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.C, batch, *self.C.shape)}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        u = wide(x)
-        y, state = diagonal_ssm(u, *self.kernel(), state)
-        y = F.gelu(torch.addcmul(y, wide(self.D), u)).to(x.dtype)
+        u, D = wide(x), wide(self.D)
+        if x.shape[1] == 1 and steps.worth(state["h"], u):
+            y, h = diagonal_token(u, *self.kernel(), D, state["h"])
+            state = {"h": h}
+        else:
+            y, state = diagonal_ssm(u, *self.kernel(), state)
+            y = torch.addcmul(y, D, u)
+        y = F.gelu(y).to(x.dtype)
         return F.glu(self.out(y), dim=-1), state

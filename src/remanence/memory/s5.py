@@ -12,7 +12,7 @@ from remanence.catalogue import card
 from remanence.errors import expect
 from remanence.memory.base import Memory
 from remanence.memory.lru import through_modes
-from remanence.memory.parts import per_head, wide, zeros
+from remanence.memory.parts import Derived, per_head, wide, zeros
 from remanence.memory.reparameterise import rate, rate_weight
 from remanence.state import State
 
@@ -83,18 +83,26 @@ class S5(Memory):
         self.C = nn.Parameter(torch.view_as_real(C @ V).float())
         self.D = nn.Parameter(torch.randn(dim))
         self.gate = nn.Linear(dim, dim)
+        self.system = Derived(self.modes)
+
+    def modes(
+        self, real: Tensor, imaginary: Tensor, log_step: Tensor, gaps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What is left of each mode after a step, and how much of an input it holds, complex."""
+        step = wide(log_step).exp()
+        step = step if gaps is None else step * gaps.to(step)
+        return hold(torch.complex(-rate(wide(real), self.stable), wide(imaginary)), step)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.real, batch, len(self.real), 2)}
 
     def forward(self, x: Tensor, state: State | None = None, gaps: Tensor | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        step = wide(self.log_step).exp()
-        if gaps is not None:
+        if gaps is None:
+            a, held = self.system(self.real, self.imaginary, self.log_step)
+        else:
             expect("S5", "gaps", gaps, "batch time", batch=x.shape[0], time=x.shape[1])
-            step = step * gaps[..., None].to(step)
-        a, held = hold(torch.complex(-rate(wide(self.real), self.stable), wide(self.imaginary)), step)
-        u = wide(x)
-        y, state = through_modes(u, a, held, wide(self.B), 2 * wide(self.C), state)
-        g = F.gelu(y + wide(self.D) * u, approximate="tanh").to(x.dtype)
+            a, held = self.modes(self.real, self.imaginary, self.log_step, gaps[..., None])
+        y, state = through_modes(wide(x), a, held, wide(self.B), wide(self.C), wide(self.D), state, times=2)
+        g = F.gelu(y, approximate="tanh").to(x.dtype)
         return g * self.gate(g).sigmoid(), state

@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.errors import ShapeError, expect
+from remanence.ops import steps
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
+
+kernels = steps.Kernels("complex_scan_kernels")
 
 
 def complex_scan_reference(a: Tensor, b: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -119,6 +122,30 @@ def diagonal_ssm_reference(u: Tensor, a: Tensor, read: Tensor, state: State | No
         h = a * h + x[:, t, :, None]
         y.append((read * h).real.sum(-1))
     return (torch.stack(y, 1).to(u.dtype) if y else u), {"h": torch.view_as_real(h)}
+
+
+def shared_token(
+    u: Tensor, a: Tensor, scale: Tensor, B: Tensor, C: Tensor, skip: Tensor, start: Tensor, times: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """One token without gradients, in one compiled call: h = a ⊙ h + scale ⊙ (B u), y = times · Re(C h) + skip ⊙ u.
+
+    Shapes: u and y [batch, 1, D]; a, scale complex [N] or [batch, 1, N]; B [N, 2, D] and C [D, N, 2], real and
+    imaginary parts; skip [D]; start and h [batch, N, 2].
+    """
+    batch, N, _ = start.shape
+    y, h, rows = torch.empty_like(u), steps.blank(start), a.numel() // N
+    pairs = (torch.view_as_real(x.resolve_conj()) for x in (a, scale))
+    given = u, *pairs, B, C, skip, start, start.new_empty(2 * N), y, h
+    steps.run(kernels.shared_token, given, batch, u.shape[2], N, rows, times)
+    return y, h
+
+
+def diagonal_token(u: Tensor, a: Tensor, read: Tensor, skip: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `diagonal_ssm` without gradients, and skip ⊙ u: u and y [B, 1, D], start and h [B, D, N, 2]."""
+    y, h = torch.empty_like(u), steps.blank(start)
+    given = u, torch.view_as_real(a), torch.view_as_real(read), skip, start, y, h
+    steps.run(kernels.diagonal_token, given, *start.shape[:3])
+    return y, h
 
 
 @tapped

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.compiled import jit
+from remanence.ops.chunk_kernels import dot
+from remanence.ops.compiled import jit, summing
+from remanence.ops.step_kernels import at
 
 
 @jit
@@ -38,3 +40,53 @@ def backward(first, last, fixed, a, start, h, d_h, d_a, d_b, d_start):
                 d_new[d] = total
                 d_keep[d] += total * np.conj(before[d])
                 carried[d] = total * np.conj(keep[d])
+
+
+@jit
+def diagonal_token(one, us, keeps, reads, skips, starts, ys, ends, B, D, N):
+    """One token of `diagonal_ssm`, and `skip` ⊙ u: u, y [B, D], start, h [B, D, 2N], a and read [D, 2N], as pairs."""
+    u, y, skip = at(one, us, (B, D)), at(one, ys, (B, D)), at(one, skips, (D,))
+    a, c = at(one, keeps, (D, 2 * N)), at(one, reads, (D, 2 * N))
+    start, h = at(one, starts, (B, D, 2 * N)), at(one, ends, (B, D, 2 * N))
+    for b in range(B):
+        for d in range(D):
+            x = u[b, d]
+            y[b, d] = _turn_and_read(a[d], start[b, d], x, c[d], h[b, d]) + skip[d] * x
+
+
+@summing
+def _turn_and_read(a, before, x, c, now):
+    """Writes a h + x, and returns Re Σ c h of it."""
+    read = x * 0
+    for n in range(a.shape[0] // 2):
+        i, j = 2 * n, 2 * n + 1
+        real = a[i] * before[i] - a[j] * before[j] + x
+        imaginary = a[i] * before[j] + a[j] * before[i]
+        now[i], now[j] = real, imaginary
+        read += c[i] * real - c[j] * imaginary
+    return read
+
+
+@jit
+def shared_token(one, us, keeps, scales, ins, outs, skips, starts, rooms, ys, ends, B, D, N, rows, times):
+    """One token of N modes that all features share, and `skip` ⊙ u: u, y [B, D].
+
+    a and scale [rows, 2N] as pairs, of all rows of the batch or of each; in [2N, D], out [D, 2N], start, h [B, 2N].
+    """
+    u, y, skip, room = at(one, us, (B, D)), at(one, ys, (B, D)), at(one, skips, (D,)), at(one, rooms, (2 * N,))
+    a, scale = at(one, keeps, (rows, 2 * N)), at(one, scales, (rows, 2 * N))
+    into, out_of = at(one, ins, (2 * N, D)), at(one, outs, (D, 2 * N))
+    start, h = at(one, starts, (B, 2 * N)), at(one, ends, (B, 2 * N))
+    for b in range(B):
+        keep, by, x = a[b % rows], scale[b % rows], u[b]
+        before, now, out = start[b], h[b], y[b]
+        for i in range(2 * N):
+            room[i] = dot(into[i], x)
+        for i in range(0, 2 * N, 2):
+            j = i + 1
+            now[i] = keep[i] * before[i] - keep[j] * before[j] + by[i] * room[i] - by[j] * room[j]
+            now[j] = keep[i] * before[j] + keep[j] * before[i] + by[i] * room[j] + by[j] * room[i]
+        for i in range(0, 2 * N, 2):
+            room[i], room[i + 1] = times * now[i], -times * now[i + 1]
+        for d in range(D):
+            out[d] = dot(out_of[d], room) + skip[d] * x[d]
