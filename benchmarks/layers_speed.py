@@ -10,7 +10,8 @@ Width 512, float32. Each figure is from a process of its own, the shortest of se
 seconds for one; who takes more than --seconds in all has no figure. *Share* is the FLOPs of
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
 and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
-and its input: activations, what is kept for the gradients, and the gradients themselves.
+and its input: activations, what is kept for the gradients, and the gradients themselves. *In pieces*: the same layer
+read by `remanence.memory.in_pieces`, 256 tokens at a time, which takes less memory and longer.
 
 The layers of transformers are timed as `pip install transformers` leaves them: in the PyTorch form that they have
 for a CPU, which needs no package of kernels. mambapy and the packages of xLSTM and minGRU are not installed for this;
@@ -60,6 +61,8 @@ PAIRS = {
     "torch.nn.GRU": "min-lstm-gru",
 }
 """Each peer, and which of ours does its work."""
+PIECE = 256
+"""Tokens that `in_pieces` reads at a time."""
 SLOW = 10.0
 """Seconds that a pass is expected to take, from which one pass has to do."""
 
@@ -189,9 +192,9 @@ def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, time.perf_counter() - start
 
 
-def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
-    """Tokens per second, share of the matrix rate and extra bytes of one layer."""
-    from remanence.memory import make
+def measure(name: str, batch: int, time_steps: int, piece: int = 0) -> dict[str, float]:
+    """Tokens per second, share of the matrix rate and extra bytes of one layer, read in pieces if they are above 0."""
+    from remanence.memory import in_pieces, make
 
     torch.manual_seed(0)
     rivals = torch_peers() | peers()
@@ -211,12 +214,13 @@ def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
         return min(times)
 
     def once() -> None:
-        torch.autograd.grad(first(layer(x)), weights, up, allow_unused=True)
+        y = in_pieces(layer, x, piece=piece)[0] if piece else first(layer(x))
+        torch.autograd.grad(y, weights, up, allow_unused=True)
 
     def little() -> None:
         torch.autograd.grad(first(layer(x[:1, :128])).sum(), weights[1:], allow_unused=True)
 
-    give_back_from(2**20)
+    give_back_from(2**17)
     little()  # loads what is loaded only once
     peak = 2 * 2048**3 / clock(lambda: torch.mm(a, a, out=out), 5, 2)
     slow = clock(little, 2, 2) * batch * time_steps / 128 > SLOW
@@ -232,11 +236,11 @@ def measure(name: str, batch: int, time_steps: int) -> dict[str, float]:
     return {"tokens": tokens, "share": flops * tokens / peak, "extra": extra, "peak": peak}
 
 
-def measured(name: str, sizes: list[tuple[int, int]], seconds: float) -> list[dict[str, float] | str]:
+def measured(name: str, sizes: list[tuple[int, int]], seconds: float, piece: int = 0) -> list[dict[str, float] | str]:
     """What `measure` finds at each size, in processes of their own; in words where it finds nothing."""
     cells: list[dict[str, float] | str] = []
     for batch, steps in sizes:
-        command = [sys.executable, __file__, "--one", name, str(batch), str(steps)]
+        command = [sys.executable, __file__, "--one", name, str(batch), str(steps), str(piece)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -271,10 +275,10 @@ def main() -> None:
     ask.add_argument("--only", nargs="+", help="of the pairs, those with one of these words in either name")
     ask.add_argument("--quick", action="store_true", help="batch 1, 2,048 tokens only")
     ask.add_argument("--seconds", type=float, default=90, help="that a layer may take at one size")
-    ask.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    ask.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     given = ask.parse_args()
     if given.one:
-        print(json.dumps(measure(given.one[0], int(given.one[1]), int(given.one[2]))))
+        print(json.dumps(measure(given.one[0], *map(int, given.one[1:]))))
         return
     from remanence import catalogue
 
@@ -282,17 +286,19 @@ def main() -> None:
     head = [f"{b} × {t:,}" for b, t in sizes]
     print(f"{torch.get_num_threads()} threads. Tokens per second (share of the matrix rate, extra MB).\n")
     if given.pairs:
-        print("| peer | " + " | ".join(head) + " | ours | " + " | ".join(head) + " | times as fast, share of memory |")
-        print("|---|" + "---:|" * len(sizes) + "---|" + "---:|" * (len(sizes) + 1))
-        known: dict[str, list[dict[str, float] | str]] = {}
+        print("| layer | " + " | ".join(head) + " | times as fast as the peer above, share of its memory |")
+        print("|---|" + "---:|" * (len(sizes) + 1))
+        known: dict[tuple[str, int], list[dict[str, float] | str]] = {}
         for peer, own in PAIRS.items():
             if given.only and not any(word.lower() in name.lower() for word in given.only for name in (peer, own)):
                 continue
             theirs = measured(peer, sizes, given.seconds)
-            ours = known[own] = known.get(own) or measured(own, sizes, given.seconds)
-            ratios = "; ".join(map(ratio, ours, theirs))
-            row = [peer, *map(cell, theirs), own, *map(cell, ours), ratios]
-            print("| " + " | ".join(row) + " |", flush=True)
+            print(f"| **{peer}** | " + " | ".join(map(cell, theirs)) + " | |", flush=True)
+            grows = "constant state" in catalogue.find(own, "memory").exempt
+            for piece in (0,) if grows else (0, PIECE):
+                ours = known[own, piece] = known.get((own, piece)) or measured(own, sizes, given.seconds, piece)
+                row = [f"`{own}`" + ", in pieces" * bool(piece), *map(cell, ours), "; ".join(map(ratio, ours, theirs))]
+                print("| " + " | ".join(row) + " |", flush=True)
         return
     names = [*(given.memory or catalogue.cards("memory")), *torch_peers(), *(peers() if given.peers else [])]
     print("| layer | " + " | ".join(head) + " |")
