@@ -10,6 +10,7 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.lattice import lattice
 from remanence.state import State
 
@@ -80,13 +81,16 @@ class Lattice(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        encode, how = self.objective == "encode", {"correct": self.objective != "dot", "renormalise": self.renormalise}
+        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+            y, S, tail = layer_steps.lattice_token(
+                self.qkv(x), self.step(x), self.conv.weight, state["conv"]["tail"], state["S"], self.readout.plan(x),
+                by_slot=encode, **how,
+            )  # fmt: skip
+            return self.readout.out(y), {"S": S, "conv": {"tail": tail}}
         mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
         q, k, v = (split(p, self.heads) for p in mixed.split(self.widths, -1))
         q, k, step = l2_norm(q), l2_norm(k), wide(self.step(x)).sigmoid().transpose(1, 2)
-        encode = self.objective == "encode"
         code, target = (v, k) if encode else (k, v)
-        y, after = lattice(
-            q, code, target, step, {"S": state["S"]}, correct=self.objective != "dot", renormalise=self.renormalise,
-            by_slot=encode,
-        )  # fmt: skip
+        y, after = lattice(q, code, target, step, {"S": state["S"]}, by_slot=encode, **how)
         return self.readout(y, x), {**after, "conv": conv}

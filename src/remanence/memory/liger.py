@@ -11,6 +11,7 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.parts import merge, rotate, zeros
 from remanence.memory.softmax import SoftmaxWeights
+from remanence.ops import layer_steps, steps
 from remanence.ops.slots import slots as attend_to_slots
 from remanence.state import State, tree_map
 
@@ -74,8 +75,11 @@ class Liger(SoftmaxWeights):
         return {"K": slots, "V": slots.clone(), "window": near}
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        if x.shape[1] == 1 and self.gate == "gla" and self.heads == self.kv_heads and steps.worth(x, state["S"]):
+            return self._token(self.projected(x), **state)
         # heads of a group have equal memories: one copy is kept
-        state = tree_map(lambda t: self.per_query(t) if t.ndim > 1 else t, self.begin(x, state))
+        state = tree_map(lambda t: self.per_query(t) if t.ndim > 1 else t, state)
         q, k, v = self.project(x)
         k, v = self.per_query(k), self.per_query(v)
         near, far = state["window"], {name: state[name] for name in state if name != "window"}
@@ -85,6 +89,12 @@ class Liger(SoftmaxWeights):
         a, b = self.mix
         kept = tree_map(lambda t: t[:, :: self.heads // self.kv_heads] if t.ndim > 1 else t, {**far, "window": near})
         return self.out(merge(a * lin + b * win).to(x.dtype)), kept
+
+    def _token(self, qkv: Tensor, S: Tensor, window: State) -> tuple[Tensor, State]:
+        lin, S, _ = layer_steps.outer_token(qkv, S, features=steps.SOFTMAX, temper=16.0)
+        win = layer_steps.attention_token(qkv, window["k"], window["v"], window["seen"], self.frequencies)
+        near = {"k": win.keys, "v": win.values, "seen": win.position}
+        return self.out(self.mix[0] * lin + self.mix[1] * win.y), {"S": S, "window": near}
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """The linear branch: all [B, heads, T, K]."""

@@ -10,8 +10,8 @@ import math
 import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
-from remanence.ops.compiled import decay, jit
-from remanence.ops.step_kernels import add, at, phases, turn
+from remanence.ops.compiled import jit
+from remanence.ops.step_kernels import add, at, phases, softmax, turn
 
 
 @jit
@@ -77,22 +77,6 @@ def _scores(q, fixed, held, k, n, stride, out):
     for j in range(n):
         out[P + j] = dot(q, held[room - (j + 1) * stride])
     out[P + n] = dot(q, k)
-
-
-@jit
-def softmax(x):
-    """In place; returns the logarithm of the sum of exponentials."""
-    most = x[0]
-    for j in range(x.shape[0]):
-        most = max(most, x[j])
-    for j in range(x.shape[0]):
-        x[j] = decay(x[j] - most)
-    total = x.dtype.type(0)
-    for j in range(x.shape[0]):
-        total += x[j]
-    for j in range(x.shape[0]):
-        x[j] /= total
-    return most + math.log(total)
 
 
 @jit

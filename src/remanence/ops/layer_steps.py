@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from remanence.ops.steps import PLAIN, Kernels, blank, fits, run
@@ -99,7 +100,7 @@ def outer_token(
     key_scale: float = 1.0,
     fixed: Tensor | None = None,
     chosen: Tensor | None = None,
-    temper: float = 1.0,
+    temper: float | None = None,
     least: Tensor | float | None = None,
     top: Tensor | None = None,
     mean: float | None = None,
@@ -110,10 +111,10 @@ def outer_token(
 
     Queries and keys pass `features`, then queries are scaled by `scale` and keys by `key_scale`, and both are turned as
     `steps.rotate` does by `positions` (start and frequencies) where these are given. Log decays are none, or `fixed`
-    [H], or log σ of the logits `chosen` [B, 1, H·K] over `temper`. With `least` (a number or [H·K]) keys are logits f
-    of what is kept, least + (1 − least) σ(f), and what is not kept is the key. With `top` [B, H·K], the logarithm of
-    the running sum of exp k, keys are e^{k − top'} and e^{top − top'} is kept. With `mean` each answer is divided by
-    its last column, that of a value of 1, + `mean`.
+    [H], or over `temper` log σ of the logits `chosen` [B, 1, H·K], by default the keys. With `least` (a number or
+    [H·K]) keys are logits f of what is kept, least + (1 − least) σ(f), and what is not kept is the key. With `top`
+    [B, H·K], the logarithm of the running sum of exp k, keys are e^{k − top'} and e^{top − top'} is kept. With `mean`
+    each answer is divided by its last column, that of a value of 1, + `mean`.
 
     Shapes: mixed [B, 1, H·(2K + V)], queries, keys and values; or [B, 1, 2·H·K] and v [B, 1, H·V]; start [B, H, K, V]
     (V + 1 with `mean`) -> y [B, 1, H·V].
@@ -124,7 +125,7 @@ def outer_token(
     forget, g = ALL, fixed
     if fixed is not None:
         forget = FIXED
-    elif chosen is not None:
+    elif temper is not None:
         forget, g = CHOSEN, chosen
     elif least is not None:
         forget, g = TIED, least if isinstance(least, Tensor) else None
@@ -135,7 +136,7 @@ def outer_token(
     where = [x.data_ptr() for x in turning] or [0, 0]
     weight, gate = (None, None) if readout is None else readout[:2]
     finish = NOT_NORMALISED if readout is None else readout.how(H)
-    how = features, value_features, float(scale), float(key_scale), forget, float(temper), float(bound)
+    how = features, value_features, float(scale), float(key_scale), forget, float(temper or 1), float(bound)
     given = mixed, v, g, top, weight, gate, start, y, highest, S
     run(_outer.outer_token, given, *where, B, H, K, V, *how, -1.0 if mean is None else mean, *finish)
     return y, S, highest
@@ -240,6 +241,61 @@ def slots_token(
     given = mixed, scores, top, weight, keys, values, y, after, new_k, new_v
     run(_slots.slots_token, given, B, H, G, M, K, float(temper), eps)
     return y, {"K": new_k, "V": new_v} | ({} if after is None else {"z": after})
+
+
+def lattice_token(
+    mixed: Tensor,
+    rate: Tensor,
+    taps: Tensor,
+    tail: Tensor,
+    start: Tensor,
+    readout: Readout,
+    *,
+    correct: bool,
+    renormalise: bool,
+    by_slot: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lattice` from what a layer projects: y, the next state and the next tail.
+
+    Queries, keys and values pass a convolution and SiLU, queries and keys are brought to unit length; keys are the
+    code of values in slots, or values that of keys (`by_slot`).
+
+    Shapes: mixed [B, 1, F], rate [B, 1, H] (logits), taps [F, width], tail [B, width − 1, F], start [B, H, M, D].
+    """
+    (B, H, M, D), width = start.shape, taps.shape[1]
+    y, after, S = start.new_empty(B, 1, H * (M if by_slot else D)), blank(tail), blank(start)
+    given = mixed, taps, tail, rate, *readout[:2], start, y, after, S
+    how = width, correct, renormalise, by_slot, 1e-6, *readout.how(H)[1:]
+    run(_slots.lattice_token, given, B, H, M, D, *how)
+    return y, S, after
+
+
+_least_squares = Kernels("least_squares_step_kernels")
+
+
+def least_squares_token(
+    mixed: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    taps: Tensor,
+    ridge: Tensor,
+    least: float,
+    state: State,
+    readout: Readout,
+    steps: int,
+) -> tuple[Tensor, State]:
+    """`least_squares` from what a layer projects: y, and the state "H", "G" and "conv".
+
+    Queries and keys, mixed [B, 1, 2·H·K], pass a convolution, SiLU and a norm to unit length; gates [B, 1, 2H] are the
+    logits of what is kept and of β; the ridge is `least` + softplus(`ridge` [H, K]).
+    """
+    H, G, tail = state["H"], state["G"], state["conv"]["tail"]
+    (B, heads, K, _), width, rounding = H.shape, taps.shape[1], 10 * torch.finfo(H.dtype).eps
+    y, after, new_H, new_G = H.new_empty(B, 1, heads * K), blank(tail), blank(H), blank(G)
+    given = mixed, v, gates, taps, tail, ridge, *readout[:2], H, G, y, after, new_H, new_G
+    how = B, heads, K, width, steps, least, 1e-6, rounding, *readout.how(heads)[1:]
+    run(_least_squares.least_squares_token, given, *how)
+    return y, {"H": new_H, "G": new_G, "conv": {"tail": after}}
 
 
 _attention = Kernels("attention_step_kernels")

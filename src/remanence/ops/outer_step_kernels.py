@@ -17,10 +17,12 @@ from remanence.ops.step_kernels import (
     ELU,
     SIGMOID,
     SILU,
+    SOFTMAX,
     activate,
     at,
     normalise,
     phases,
+    softmax,
     softplus,
     turn,
     write_and_read,
@@ -39,11 +41,11 @@ def outer_token(
     """Queries, keys and, where there is no v, values side by side: [B, H·(2K + V)].
 
     Queries and keys pass `features` and a scale, and turn by `positions` times `rates` where there are any. g is [H]
-    (FIXED), the logits [B, H, K] of 1/`temper` of a log sigmoid (CHOSEN), or the least shares [H, K] (TIED, whose
-    keys are logits), all `bound` where there is none. `tops` are the logarithms of the running sums of exp keys
-    [B, H, K] (RUNNING). With `mean` ≥ 0 the state has a column more, of the keys' sums, by whose answer + `mean` the
-    others' are divided. What was read is normalised in so many `parts` (0: not at all) with a weight as wide as one,
-    and gated.
+    (FIXED), the logits [B, H, K] of 1/`temper` of a log sigmoid (CHOSEN; the keys where it is absent), or the least
+    shares [H, K] (TIED, whose keys are logits), all `bound` where it is absent. `tops` are the logarithms of the
+    running sums of exp keys [B, H, K] (RUNNING). With `mean` ≥ 0 the state has a column more, of the keys' sums, by
+    whose answer + `mean` the others' are divided. What was read is normalised in so many `parts` (0: not at all) with a
+    weight as wide as one, and gated.
     """
     D = 2 * H * K + (0 if vs else H * V)
     mixed, v, y = at(one, mixes, (B, D)), at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
@@ -75,7 +77,7 @@ def outer_token(
             if forget == FIXED:
                 fill(a, decay(g[h]))
             elif forget == CHOSEN:
-                fading(logits[b, h], temper, a)
+                fading(logits[b, h] if gs else k, temper, a)
             if positions:
                 copy_row(late, turned)
                 turn(turned, cos, sin, late)
@@ -105,6 +107,8 @@ def _features(x, kind, scale, out):
             out[i] = x[i] + out.dtype.type(1) if x[i] > 0 else decay(x[i])
     elif kind == SILU:
         activate(out)
+    elif kind == SOFTMAX:
+        softmax(out)
     by = out.dtype.type(scale)
     for i in range(x.shape[0]):
         out[i] *= by

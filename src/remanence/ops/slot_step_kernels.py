@@ -5,13 +5,14 @@ Tensors come as in `step_kernels`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from remanence.ops.attention_step_kernels import softmax
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit
 from remanence.ops.outer_step_kernels import running
-from remanence.ops.step_kernels import activate, add, at, lost, normalise, softplus
+from remanence.ops.step_kernels import activate, add, at, convolve, lost, normalise, sigmoid, softmax, softplus
 
 
 @jit
@@ -73,3 +74,69 @@ def _chosen(logits, temper, a, rest):
 def _move(old, keep, take, x, new):
     for d in range(new.shape[0]):
         new[d] = keep * old[d] + take * x[d]
+
+
+@jit
+def lattice_token(
+    one, mixes, taps, tails, rates, weights, gates, starts, ys, afters, ends,
+    B, H, M, D, width, correct, renormalise, by_slot, small, kind, eps,
+):  # fmt: skip
+    """Slots [B, H, M, D] that a write moves at right angles to what they hold, read by a norm of each head and a gate.
+
+    Queries, keys and values side by side pass a convolution and SiLU, queries and keys are brought to unit length
+    (`small` is the eps); rates [B, H] are logits. Keys are as many as slots, or values are (`by_slot`).
+    """
+    K, V = (D, M) if by_slot else (M, D)
+    F = H * (2 * K + V)
+    mixed, tap, rate, y = (
+        at(one, mixes, (B, F)),
+        at(one, taps, (F, width)),
+        at(one, rates, (B, H)),
+        at(one, ys, (B, H, V)),
+    )
+    tail, after = at(one, tails, (B, width - 1, F)), at(one, afters, (B, width - 1, F))
+    start, S = at(one, starts, (B, H, M, D)), at(one, ends, (B, H, M, D))
+    row, error, sizes = np.empty(F, y.dtype), np.empty(D, y.dtype), np.empty(M, y.dtype)
+    for b in range(B):
+        fill(row, 0)
+        convolve(tap, tail[b], mixed[b], row, after[b])
+        activate(row)
+        for h in range(H):
+            q, k = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
+            v, old, new, out = row[2 * H * K + h * V : 2 * H * K + (h + 1) * V], start[b, h], S[b, h], y[b, h]
+            _unit(q, small)
+            _unit(k, small)
+            code, target, step = (v, k, sigmoid(rate[b, h])) if by_slot else (k, v, sigmoid(rate[b, h]))
+            copy_row(target, error)
+            for i in range(M):
+                sizes[i] = _size(old[i])
+                if correct:
+                    add(old[i], -code[i] / sizes[i], error)
+            fill(out, 0)
+            for i in range(M):
+                by = step * code[i] / sizes[i]
+                keep = one - by * dot(old[i], error) / (sizes[i] * sizes[i])
+                now = new[i]
+                for d in range(D):
+                    now[d] = keep * old[i, d] + by * error[d]
+                scale = one / _size(now)
+                if by_slot:
+                    out[i] = scale * dot(now, q)
+                else:
+                    add(now, scale * q[i], out)
+                if renormalise:
+                    for d in range(D):
+                        now[d] *= scale
+    normalise(one, ys, weights, 0, gates, ys, B * H, V, 1, False, kind, 1 / V, eps)
+
+
+@jit
+def _size(x):
+    return x.dtype.type(math.sqrt(dot(x, x) + x.dtype.type(1e-30)))
+
+
+@jit
+def _unit(x, eps):
+    by = x.dtype.type(1 / math.sqrt(dot(x, x) + eps))
+    for d in range(x.shape[0]):
+        x[d] *= by

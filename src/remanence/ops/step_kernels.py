@@ -18,7 +18,7 @@ from remanence.ops.compiled import decay, jit, sigmoid_and_silu, summing
 from remanence.ops.decay import FLOOR
 from remanence.ops.dplr_kernels import write
 
-PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
+PLAIN, SILU, SIGMOID, ELU, SOFTMAX = 0, 1, 2, 3, 4
 """What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
 
 
@@ -61,6 +61,22 @@ def _softplus(x):
         return max(x, zero) + s * (two + r * (c3 + r * (c5 + r * (c7 + r * (c9 + r * (c11 + r * c13))))))
 
     return single if x == types.float32 else wide
+
+
+@jit
+def softmax(x):
+    """In place; returns the logarithm of the sum of exponentials."""
+    most = x[0]
+    for j in range(x.shape[0]):
+        most = max(most, x[j])
+    for j in range(x.shape[0]):
+        x[j] = decay(x[j] - most)
+    total = x.dtype.type(0)
+    for j in range(x.shape[0]):
+        total += x[j]
+    for j in range(x.shape[0]):
+        x[j] /= total
+    return most + math.log(total)
 
 
 @jit

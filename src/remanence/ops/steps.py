@@ -82,7 +82,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, si
     return y, after
 
 
-PLAIN, SILU, SIGMOID, ELU = 0, 1, 2, 3
+PLAIN, SILU, SIGMOID, ELU, SOFTMAX = 0, 1, 2, 3, 4
 """What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
 
 
