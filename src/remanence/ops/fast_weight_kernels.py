@@ -11,7 +11,7 @@ is the last row of M, and s_i = E_ti θ_i that of the momentum. The rule's K and
 earlier momentum, and follow from a and η as W and S do: E_t = η_t E_{t−1} + 1_t, K_t = a_t K_{t−1} + E_t. An averaging
 rule has K_ti = c_t instead. A, F, K, E and M have a row more too, the first, of before the chunk: who reads before a
 token's write sees the row before its own. Queries that read the anchor meet the same weights as the keys, and are but
-C more inputs of every layer: N = 2C, else N = C; what they and the keys met is kept for the gradient.
+C more inputs of every layer: N = 2C, else N = C; what they and the keys met in the last is kept for the gradient.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
 from remanence.ops.compiled import jit, summing
-from remanence.ops.gelu_kernels import bend as gelu_bend
-from remanence.ops.gelu_kernels import gelu
+from remanence.ops.gelu_kernels import gelu, gelu_bend
 from remanence.ops.objective_kernels import DOT, HUBER, HUBER_MIXED, slope, slope_backward
 from remanence.ops.product_kernels import gemm
 
@@ -72,20 +71,22 @@ def _standardise(h, unit, inverse):
 
 
 @jit
-def _inner(P, C, N, kind, met, loss, number, bends, norm, W, target, X, H, D, G, B, unit, inverse, error, slopes):
+def _inner(P, C, N, kind, met, bent, loss, number, bends, norm, W, target, X, H, D, G, B, unit, inverse, error, slopes):
     """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D.
 
-    met: H is known already.
+    met: the last layer's H is known already. Of `bent` tokens the other layers' H turn into GELU's second derivatives.
     """
     L = P.shape[0] - 1
     for l in range(L):
-        if not met:
+        if l < L - 1 or not met:
             w = _at(W, P[l, 2], P[l, 1], (P[l + 1, 2] - P[l, 2]) // P[l, 1])
             x = _at(X, P[l, 3], N, P[l, 0])
             gemm(1.0, x, False, w[:, : P[l, 0]], True, 0.0, _at(H, P[l, 4], N, P[l, 1]))
         if l < L - 1:
             h = _at(H, P[l, 4], N, P[l, 1])
-            gelu(kind, h, _at(X, P[l + 1, 3], N, P[l + 1, 0]), _at(G, P[l, 4], N, P[l, 1]))
+            x, rise = _at(X, P[l + 1, 3], N, P[l + 1, 0]), _at(G, P[l, 4], N, P[l, 1])
+            gelu_bend(kind, h[:bent], x[:bent], rise[:bent])
+            gelu(kind, h[bent:], x[bent:], rise[bent:])
     h, delta = _at(H, P[L - 1, 4], C, P[L - 1, 1]), _at(D, P[L - 1, 4], C, P[L - 1, 1])
     width, real = h.shape[1], h.dtype.type
     if norm.shape[0]:
@@ -133,18 +134,22 @@ def _grown(P, C, X, D, i):
 @jit
 def _steps(P, C, X, D, loss, error, slopes, step, most, bounded, theta, square, along):
     """θ: what was asked for, at most `most` ⟨e, ∂ℓ/∂f⟩ / ‖u‖²; without an error to mend `most` over what grows most."""
-    for i in range(C):
-        theta[i] = step[i]
-        if bounded and loss == DOT:
+    copy_row(step, theta[:C])
+    if not bounded:
+        return
+    if loss == DOT:
+        for i in range(C):
             square[i], along[i] = _grown(P, C, X, D, i)[1] + 1e-12, 1
-        elif bounded:
-            square[i] = 1e-12
-            for l in range(P.shape[0] - 1):
-                x, delta = _at(X, P[l, 3], C, P[l, 0])[i], _at(D, P[l, 4], C, P[l, 1])[i]
-                square[i] += dot(x, x) * dot(delta, delta)
+    else:
+        fill(square, 1e-12)
+        for l in range(P.shape[0] - 1):
+            x, delta = _at(X, P[l, 3], C, P[l, 0]), _at(D, P[l, 4], C, P[l, 1])
+            for i in range(C):
+                square[i] += dot(x[i], x[i]) * dot(delta[i], delta[i])
+        for i in range(C):
             along[i] = dot(error[i], slopes[i])
-        if bounded:
-            theta[i] = min(theta[i], most[i] * along[i] / square[i])
+    for i in range(C):
+        theta[i] = min(theta[i], most[i] * along[i] / square[i])
 
 
 @jit
@@ -307,9 +312,9 @@ def _tokens(x, at, b, h, first, out):
 
 @jit
 def _learn(
-    P, C, N, R, kind, bounded, averages, loss, number, met, norm, b, h, t, q, q_at, k, k_at, v, v_at, step, step_at,
-    most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual, width, target, W, X, H, flat,
-    rows, inverse, rules, gates, M, kept,
+    P, C, N, R, kind, bounded, averages, loss, number, met, bent, norm, b, h, t, q, q_at, k, k_at, v, v_at, step,
+    step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual, width, target, W, X,
+    H, flat, rows, inverse, rules, gates, M, kept,
 ):  # fmt: skip
     """What the tokens of a chunk write, and all that makes it.
 
@@ -338,8 +343,8 @@ def _learn(
     if HUBER <= loss <= HUBER_MIXED:
         _tokens(bend, bend_at, b, h, t, bends[:C])
     _inner(
-        P, C, N, kind, met, loss, number, bends, norm, W, target, X, H, flat[0], flat[1], flat[2], rows[1], inverse,
-        rows[0], rows[2],
+        P, C, N, kind, met, bent, loss, number, bends, norm, W, target, X, H, flat[0], flat[1], flat[2], rows[1],
+        inverse, rows[0], rows[2],
     )  # fmt: skip
     _steps(P, C, X, flat[0], loss, rows[0], rows[2], asked, ceiling, bounded, theta, square, along)
     _rule(C, averages, decays, etas, A, rules[0], rules[1])
@@ -376,13 +381,13 @@ def forward(
             if c % every == 0:
                 copy_row(W, befores[r, c // every])
             _learn(
-                P, C, N, R, kind, bounded, averages, loss, number, False, norm[r], b, h, t, q, q_at, k, k_at, v, v_at,
-                step, step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual,
-                widths[0], target, W, X, hidden, flat, rows, inverse, rules, gates, M, kept,
+                P, C, N, R, kind, bounded, averages, loss, number, False, 0, norm[r], b, h, t, q, q_at, k, k_at, v,
+                v_at, step, step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn,
+                residual, widths[0], target, W, X, hidden, flat, rows, inverse, rules, gates, M, kept,
             )  # fmt: skip
             if reads == ANCHOR:
                 asked, found = _at(X, 0, N, P[0, 0])[C:], _at(hidden, P[L - 1, 4], N, out)[C:]
-                copy_row(hidden, seen[r, c])
+                copy_row(hidden[P[L - 1, 4] :], seen[r, c])
             else:
                 asked, found = _at(Z, 0, C, P[0, 0]), _at(Q, P[L - 1, 4], C, out)
                 _take(q, q_at, b, h, t, widths[0], turn, asked)
@@ -392,6 +397,21 @@ def forward(
             put(y, y_at, b, h, t, target)
             _carry(P, C, R, kept, M[C], tails, X, D, wide, W)
         copy_row(W, end[r])
+
+
+@summing
+def _kept_backward(a, f, keep, row, momentum, d_row, d_momentum):
+    """A row of d_[W | S] from what is after the chunk to what is before, and the gradients of a, f and keep."""
+    real = row.dtype.type
+    of_a, of_f, of_keep = real(0), real(0), real(0)
+    for d in range(row.shape[0]):
+        x, y, d_x, d_y = row[d], momentum[d], d_row[d], d_momentum[d]
+        of_a += x * d_x
+        of_f += y * d_x
+        of_keep += y * d_y
+        d_momentum[d] = f * d_x + keep * d_y
+        d_row[d] = a * d_x
+    return of_a, of_f, of_keep
 
 
 @jit
@@ -418,14 +438,15 @@ def _carry_backward(P, C, R, kept, last, tails, W, X, D, wide, d_W, d_X, d_D, d_
                 for d in range(width):
                     to[d] += by * from_[d]
         for o in range(w.shape[0]):
-            row, d_row = w[o, :width], d_w[o, :width]
-            d_kept[0] += dot(row, d_row)
             if R == 2:
-                momentum, d_momentum = w[o, width : 2 * width], d_w[o, width : 2 * width]
-                d_kept[1] += dot(momentum, d_row)
-                d_kept[2] += dot(momentum, d_momentum)
-                for d in range(width):
-                    d_momentum[d] = f * d_row[d] + keep * d_momentum[d]
+                row, momentum, d_row, d_momentum = w[o, :width], w[o, width:], d_w[o, :width], d_w[o, width:]
+                of_a, of_f, of_keep = _kept_backward(a, f, keep, row, momentum, d_row, d_momentum)
+                d_kept[0] += of_a
+                d_kept[1] += of_f
+                d_kept[2] += of_keep
+                continue
+            row, d_row = w[o], d_w[o]
+            d_kept[0] += dot(row, d_row)
             for d in range(width):
                 d_row[d] *= a
 
@@ -515,29 +536,27 @@ def _steps_backward(
 
 @jit
 def _inner_backward(
-    P, C, N, R, kind, loss, number, bends, norm, W, X, H, D, G, B, unit, inverse, error, slopes, curve, d_W, d_X, d_D,
+    P, C, N, R, kind, loss, number, bends, norm, W, X, H, D, G, B, unit, inverse, error, slopes, d_W, d_X, d_D,
     d_H, d_E, d_along, d_bends, d_norm, d_target,
 ):  # fmt: skip
     """From d_X, d_D and d_along to d_X of the first layer, the keys' gradient, d_bends and d_target; adds to d_W and
     d_norm.
 
-    Of queries that read the anchor, too: from their d_H of the last layer, in the rows after the keys'.
+    Of queries that read the anchor, too: from their d_H of the last layer, in the rows after the keys'. H of the layers
+    before holds GELU's second derivatives.
     """
     L = P.shape[0] - 1
     for l in range(L):
         for i in range(C, N):
             fill(_at(d_X, P[l, 3], N, P[l, 0])[i], 0.0)
-            if l < L - 1:
-                fill(_at(d_H, P[l, 4], N, P[l, 1])[i], 0.0)
     for l in range(1, L):
         wide = R * P[l, 0]
         w, d_w = _at(W, P[l, 2], P[l, 1], wide), _at(d_W, P[l, 2], P[l, 1], wide)
-        h, out = _at(H, P[l - 1, 4], C, P[l - 1, 1]), _at(curve, 0, C, P[l - 1, 1])
-        gelu_bend(kind, h, out)
+        curve = _at(H, P[l - 1, 4], C, P[l - 1, 1])
         back, rise = _at(B, P[l - 1, 4], C, P[l - 1, 1]), _at(G, P[l - 1, 4], C, P[l - 1, 1])
         d_delta, d_h = _at(d_D, P[l - 1, 4], C, P[l - 1, 1]), _at(d_H, P[l - 1, 4], C, P[l - 1, 1])
         for i in range(C):
-            from_, by, curved, came, to = d_delta[i], rise[i], out[i], back[i], d_h[i]
+            from_, by, curved, came, to = d_delta[i], rise[i], curve[i], back[i], d_h[i]
             for d in range(to.shape[0]):
                 to[d] = from_[d] * came[d] * curved[d]
                 from_[d] *= by[d]
@@ -584,7 +603,9 @@ def _inner_backward(
         gemm(1.0, d_h, True, x, False, 1.0, d_w[:, : P[l, 0]])
         gemm(1.0, d_h, False, w[:, : P[l, 0]], False, 1.0, d_x)
         if l:
-            multiply_add(d_x, _at(G, P[l - 1, 4], N, P[l - 1, 1]), _at(d_H, P[l - 1, 4], N, P[l - 1, 1]))
+            rise, d_below = _at(G, P[l - 1, 4], N, P[l - 1, 1]), _at(d_H, P[l - 1, 4], N, P[l - 1, 1])
+            multiply_add(d_x, rise, d_below[:C])
+            multiply(d_x[C:], rise[C:], d_below[C:])
 
 
 @summing
@@ -648,9 +669,11 @@ def backward(
                 for g in range(c % every + 1):
                     at = c // every * every + g
                     gates, rules, M = states[g]
-                    hidden = seen[r, at] if met else flats[g, 3]
+                    hidden = flats[g, 3]
+                    if met:
+                        copy_row(seen[r, at], hidden[P[L - 1, 4] : P[L - 1, 4] + seen.shape[2]])
                     _learn(
-                        P, C, N, R, kind, bounded, averages, loss, number, met, norm[r], b, h, at * C, q, q_at, k,
+                        P, C, N, R, kind, bounded, averages, loss, number, met, C, norm[r], b, h, at * C, q, q_at, k,
                         k_at, v, v_at, step, step_at, most, most_at, bend, bend_at, given, given_at, momentum,
                         momentum_at, turn, residual, widths[0], target, Ws[g], Xs[g], hidden, flats[g], rows[g],
                         inverses[g], rules, gates, M, kepts[g],
@@ -660,7 +683,7 @@ def backward(
                         _carry(P, C, R, kepts[g], M[C], gates[3], Xs[g], flats[g, 0], wide, Ws[g + 1])
             g, t = c % every, c * C
             W, X, error, unit, slopes, inverse = Ws[g], Xs[g], rows[g, 0], rows[g, 1], rows[g, 2], inverses[g]
-            D, G, B, hidden = flats[g, 0], flats[g, 1], flats[g, 2], seen[r, c] if met else flats[g, 3]
+            D, G, B, hidden = flats[g, 0], flats[g, 1], flats[g, 2], flats[g, 3]
             gates, rules, M = states[g]
             theta, A, F, tails, E, K = gates[0], gates[1], gates[2], gates[3], rules[0], rules[1]
             for i in range(4):
@@ -714,7 +737,7 @@ def backward(
                 _put_tokens(d_momentum, d_momentum_at, b, h, t, d_etas[:C])
             _inner_backward(
                 P, C, N, R, kind, loss, number, gates[10], norm[r], W, X, hidden, D, G, B, unit, inverse, error, slopes,
-                curve, d_W, d_X, d_D, d_H, d_error, d_along, d_bends, d_norm[r], d_target,
+                d_W, d_X, d_D, d_H, d_error, d_along, d_bends, d_norm[r], d_target,
             )  # fmt: skip
             if HUBER <= loss <= HUBER_MIXED:
                 _put_tokens(d_bend, d_bend_at, b, h, t, d_bends[:C])

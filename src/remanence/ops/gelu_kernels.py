@@ -85,17 +85,23 @@ def gelu(kind, x, y, slope):
 
 
 @jit
-def bend(kind, x, out):
-    """out = GELU″(x)."""
-    half, two, one = x.dtype.type(0.5), x.dtype.type(2), x.dtype.type(1)
+def gelu_bend(kind, x, y, slope):
+    """`gelu` that also turns x into the second derivative."""
+    half, one, two = x.dtype.type(0.5), x.dtype.type(1), x.dtype.type(2)
     for i in range(x.shape[0]):
-        from_, to = x[i], out[i]
+        from_, to, by = x[i], y[i], slope[i]
         if kind == ERF:
             for d in range(from_.shape[0]):
                 a = from_[d]
-                to[d] = normal(a)[1] * (two - a * a)
+                cdf, density = normal(a)
+                to[d] = a * cdf
+                by[d] = cdf + a * density
+                from_[d] = density * (two - a * a)
         else:
             for d in range(from_.shape[0]):
                 a = from_[d]
                 t, rise, swing = _of_tanh(a)
-                to[d] = (one - t * t) * (rise + half * swing - a * rise * rise * t)
+                open_, closed = half * (one + t), one - t * t
+                to[d] = a * open_
+                by[d] = open_ + half * a * closed * rise
+                from_[d] = closed * (rise + half * swing - a * rise * rise * t)

@@ -94,7 +94,7 @@ class _Compiled(torch.autograd.Function):
         chunks, anchored, normed = T // form.chunk_size, form.read == "anchor", tensors[8] is not None
         befores = start.new_empty(B * H, -(-chunks // every(form)), start.shape[2])
         last = anchored + (normed and (anchored or len(widths) > 2))  # one layer is read again for its gradient
-        met = sum(widths[1:-1]) * (1 + anchored) + widths[-1] * last
+        met = sum(widths[1:-1]) * (not anchored) + widths[-1] * last
         hidden = start.new_empty(B * H, chunks, form.chunk_size * met)
         arguments, work = _arguments(form, widths, tensors), query.numel() * form.chunk_size
         outputs = *flat(y, 3), befores.numpy(), hidden.numpy(), rows(end)
@@ -125,12 +125,18 @@ class _Compiled(torch.autograd.Function):
         return None, None, None, *outs, None if norm is None else d_norm, d_start.view_as(start)
 
 
-EVERY, SPAN = 4, 256
-"""Chunks, or tokens if that is more, from one kept state to the next: those between are made again for the gradient."""
+EVERY, SPAN, LONG = 2, 256, 64
+"""Chunks, or tokens if that is more, from one kept state to the next: those between are made again for the gradient.
+
+Beside what is kept of a chunk as long as LONG a state is not large: there it is every other, or, where nothing but the
+anchor is read, every one.
+"""
 
 
 def every(form: Form) -> int:
-    return max(EVERY, SPAN // form.chunk_size)
+    if form.chunk_size < LONG:
+        return max(EVERY, SPAN // form.chunk_size)
+    return 1 if form.read == "anchor" else EVERY
 
 
 def objective_code(objective: Objective) -> tuple[int, float] | None:
