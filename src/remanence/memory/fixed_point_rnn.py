@@ -129,7 +129,7 @@ class FixedPointRNN(Memory):
         u, z = self.inward(x).chunk(2, -1)
         log_decay, bx = F.logsigmoid(wide(self.decay(u))), wide(F.silu(self.b(u)) * u)
         u = wide(u)
-        if self.solver == "exact":
+        if self.solver == "exact" or (x.shape[1] == 1 and not torch.is_grad_enabled()):
             h = self.solve(u, bx, log_decay, start)
         else:
             with torch.no_grad():

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
-from remanence.ops.hippo import hippo_matrices, legs_transitions, projected_cell
+from remanence.ops import steps
+from remanence.ops.hippo import hippo_matrices, legs_transitions, projected_cell, projected_token
 from remanence.state import State
 
 TABLE = 64
@@ -61,7 +62,8 @@ class HiPPO(Memory):
         self.dim, self.hidden, self.order, self.channels, self.measure = dim, hidden or dim, order, channels, measure
         A, B = hippo_matrices(measure, order)
         joint = torch.linalg.matrix_exp(torch.cat([torch.cat([A, B[:, None]], 1) / window, A.new_zeros(1, order + 1)]))
-        self.fixed = joint[:-1, :-1], joint[:-1, -1]  # of `legt`; constants, not buffers: `.float()` would round them
+        # of `legt`; constants, not buffers: `.float()` would round them
+        self.fixed = joint[:-1, :-1].contiguous(), joint[:-1, -1].contiguous()
         self.read = nn.Linear(self.hidden + channels * order, 2 * self.hidden, bias=False)
         self.input = nn.Linear(dim, 2 * self.hidden)
         self.write = nn.Linear(self.hidden, channels)
@@ -83,6 +85,10 @@ class HiPPO(Memory):
         state = self.begin(x, state)
         h, c, position = state["h"], state["c"], state["position"]
         read, write, bias = (wide(p).to(h) for p in (self.read.weight, self.write.weight, self.write.bias))
+        if x.shape[1] == 1 and steps.worth(h, x):
+            fixed = None if self.measure == "legs" else self.fixed
+            h, c = projected_token(self.input(x), read, write, bias, fixed, position, h, c)
+            return self.out(h[:, None]), {"h": h, "c": c, "position": position + 1}
         out = [h.new_zeros(len(h), 0, self.hidden)]
         for piece in wide(self.input(x)).split(TABLE, 1):
             A, b = (table.to(h) for table in self.transitions(position, piece.shape[1]))

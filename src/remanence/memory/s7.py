@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import wide, zeros
-from remanence.ops.complex_scan import complex_scan
+from remanence.ops import steps
+from remanence.ops.complex_scan import chosen_token, complex_scan
 from remanence.state import State
 
 
@@ -68,6 +69,11 @@ class S7(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        if x.shape[1] == 1 and steps.worth(state["h"], x):
+            steered = self.steer(x)
+            seen, h = chosen_token(steered, self.codes(x), self.B(x), self.Lambda, state["h"])
+            y = torch.addcmul(self.C(seen), steered[..., 2 * self.states :], x)
+            return self.gate(F.gelu(y)).sigmoid() * y, {"h": h}
         moved, beta, D = wide(self.steer(x)).split([self.states, self.states, self.dim], dim=-1)
         write, read = wide(self.codes(x)).chunk(2, dim=-1)
         written = torch.einsum("btr,btrn->btn", write, wide(self.B(x)).unflatten(-1, (self.rank, -1)))

@@ -148,6 +148,18 @@ def diagonal_token(u: Tensor, a: Tensor, read: Tensor, skip: Tensor, start: Tens
     return y, h
 
 
+def chosen_token(steered: Tensor, codes: Tensor, written: Tensor, base: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of S7 without gradients: what is read, code by code [B, 1, R·N], and the next h, start being [B, N].
+
+    Λ = base + moved; steered [B, 1, ≥ 2N] begins with moved and β; codes [B, 1, 2R] are those of writing and of
+    reading; written [B, 1, R·N].
+    """
+    (B, N), R = start.shape, codes.shape[2] // 2
+    seen, h = torch.empty_like(written), steps.blank(start)
+    steps.run(kernels.chosen_token, (steered, codes, written, base, start, seen, h), B, N, R, steered.shape[2])
+    return seen, h
+
+
 @tapped
 def diagonal_ssm(
     u: Tensor, a: Tensor, read: Tensor, state: State | None = None, *, chunk_size: int = 64

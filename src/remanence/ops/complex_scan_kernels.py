@@ -90,3 +90,27 @@ def shared_token(one, us, keeps, scales, ins, outs, skips, starts, rooms, ys, en
             room[i], room[i + 1] = times * now[i], -times * now[i + 1]
         for d in range(D):
             out[d] = dot(out_of[d], room) + skip[d] * x[d]
+
+
+@jit
+def chosen_token(one, steereds, codes, writtens, bases, starts, seens, ends, B, N, R, width):
+    """One token of S7: a = 1 − 1/(Λ² + ½), h = a h + Σ_r code_r written_r + β, and seen [B, R, N] = code_r h.
+
+    steered [B, width]: what Λ [N] moves by, then β; codes [B, 2R]: of writing, then of reading; written [B, R, N].
+    """
+    steered, code, written = at(one, steereds, (B, width)), at(one, codes, (B, 2 * R)), at(one, writtens, (B, R, N))
+    base, start, h = at(one, bases, (N,)), at(one, starts, (B, N)), at(one, ends, (B, N))
+    seen = at(one, seens, (B, R, N))
+    for b in range(B):
+        moved, new, before, now = steered[b, :N], steered[b, N : 2 * N], start[b], h[b]
+        for n in range(N):
+            rate = base[n] + moved[n]
+            now[n] = (1 - 1 / (rate * rate + one / 2)) * before[n] + new[n]
+        for r in range(R):
+            share, row = code[b, r], written[b, r]
+            for n in range(N):
+                now[n] += share * row[n]
+        for r in range(R):
+            share, row = code[b, R + r], seen[b, r]
+            for n in range(N):
+                row[n] = share * now[n]

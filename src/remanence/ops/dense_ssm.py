@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops import dispatch
+from remanence.ops import dispatch, steps
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
 
+kernels = steps.Kernels("dense_ssm_kernels")
 CHUNK = 32
 """Tokens handled by matrix products, a power of two; the state is carried from one such piece to the next."""
 
@@ -48,6 +49,11 @@ def dense_ssm(
     expect("dense_ssm", "u", u, "batch time features", features=D)
     expect("dense_ssm", "transition", transition, "features state state", features=D, state=N)
     expect("dense_ssm", "read", read, "features outputs state", features=D, state=N)
+    if u.shape[1] == 1 and state is not None and steps.worth(state["h"], u, transition, write, read):
+        y, after = u.new_empty(*u.shape, read.shape[1]), steps.blank(state["h"])
+        given = u, transition, write, read, state["h"], y, after
+        steps.run(kernels.token, given, u.shape[0], *read.shape)
+        return y, {"h": after}
     if u.shape[1] <= 1:
         return dense_ssm_reference(u, transition, write, read, state)
     h = _start(u, write, state)

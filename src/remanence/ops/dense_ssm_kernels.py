@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from remanence.ops.chunk_kernels import add_scaled, combine, dot
-from remanence.ops.compiled import gemm, summing
+from remanence.ops.compiled import gemm, jit, summing
+from remanence.ops.step_kernels import at
 
 
 @summing
@@ -17,6 +18,36 @@ def _product(v, A, out):
     for j in range(out.shape[0]):
         out[j] = 0
     combine(v, A, out)
+
+
+@summing
+def _map(A, x, out):
+    """out = A x, four rows at a time."""
+    n, zero = out.shape[0], x.dtype.type(0)
+    for i in range(0, n - 3, 4):
+        p, q, r, s = A[i], A[i + 1], A[i + 2], A[i + 3]
+        a, b, c, d = zero, zero, zero, zero
+        for j in range(x.shape[0]):
+            a += p[j] * x[j]
+            b += q[j] * x[j]
+            c += r[j] * x[j]
+            d += s[j] * x[j]
+        out[i], out[i + 1], out[i + 2], out[i + 3] = a, b, c, d
+    for i in range(n - n % 4, n):
+        out[i] = dot(A[i], x)
+
+
+@jit
+def token(one, us, transitions, writes, reads, starts, ys, ends, B, D, M, N):
+    """One token by addresses: u [B, D], start and h [B, D, N], y [B, D, M]."""
+    u, y, A, b = at(one, us, (B, D)), at(one, ys, (B, D, M)), at(one, transitions, (D, N, N)), at(one, writes, (D, N))
+    C, start, h = at(one, reads, (D, M, N)), at(one, starts, (B, D, N)), at(one, ends, (B, D, N))
+    for d in range(D):
+        for i in range(B):
+            now = h[i, d]
+            _map(A[d], start[i, d], now)
+            add_scaled(b[d], u[i, d], now)
+            _map(C[d], now, y[i, d])
 
 
 @summing

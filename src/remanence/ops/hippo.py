@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from remanence.errors import expect
+from remanence.ops import steps
 from remanence.ops.decay import recurrent_dtype, second_order
 from remanence.ops.taps import tapped
 from remanence.state import State
 
+kernels = steps.Kernels("hippo_kernels")
 CHUNK = 64
 """Tokens that one table of weights serves; tables are tokens × tokens × N numbers."""
 
@@ -113,6 +115,28 @@ def projected_cell(
     return _cell_by_tokens(x, read, write, bias, A, b, h, c)
 
 
+def projected_token(
+    x: Tensor,
+    read: Tensor,
+    write: Tensor,
+    bias: Tensor,
+    fixed: tuple[Tensor, Tensor] | None,
+    position: Tensor,
+    h: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of `projected_cell` without gradients, in one compiled call: the next h and c.
+
+    The step is `fixed`, float64 [N, N] and [N], or else that of LegS after `position` tokens (int64 [B]).
+    """
+    (B, C, N), H = c.shape, h.shape[1]
+    A, b = fixed or (None, None)
+    exact, ends = (position.contiguous(), *_nodes(N), A, b), (steps.blank(h), steps.blank(c))
+    addresses = [0 if p is None else p.data_ptr() for p in exact]
+    steps.run(kernels.token, (x, read, write, bias, h, c, *ends), *addresses, B, H, C, N)
+    return ends
+
+
 def _cell_by_tokens(
     x: Tensor, read: Tensor, write: Tensor, bias: Tensor, A: Tensor, b: Tensor, h: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +233,7 @@ def _nodes(order: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gauss–Legendre nodes and weights on [0, 1], and the matrix from coefficients to values at the nodes."""
     x, w = np.polynomial.legendre.leggauss(order)
     at = torch.from_numpy((x + 1) / 2)
-    return at, torch.from_numpy(w / 2), _basis(at, order).mT
+    return at, torch.from_numpy(w / 2), _basis(at, order).mT.contiguous()
 
 
 def _distinct(position: Tensor) -> tuple[Tensor, Tensor]:
