@@ -57,7 +57,7 @@ from remanence.ops.inner_network import (
 from remanence.ops.newton_schulz import newton_schulz
 from remanence.ops.objectives import Dot, Huber, LogCosh, Objective, PNorm, Shifted, Squared
 from remanence.ops.orthogonal import orthogonal_tokens, worth
-from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
+from remanence.ops.phases import by_phase, cuts, joined, piece_sizes, whole_sizes
 from remanence.ops.retention import Retention, Sequential
 from remanence.ops.taps import tapped
 from remanence.ops.token_stream import token_stream
@@ -415,7 +415,7 @@ def fast_weight(
         sizes = piece_sizes(T, 0, TOGETHER) if exact else piece_sizes(T, phase, chunk_size)
         if fused:
             sizes = whole_sizes(T, phase, chunk_size, SPAN if remake else T)
-        for tokens in zip(*(t.split(sizes, 2) for t in x.values()), strict=True):
+        for tokens in zip(*(cuts(t, sizes, 2) for t in x.values()), strict=True):
             part = dict(zip(x, tokens, strict=True))
             n = part["query"].shape[2]
             seen = {i: torch.cat([past[i], part[i]], 2) if i in past else part[i] for i in SEEN if i in part}
@@ -441,7 +441,7 @@ def fast_weight(
             return dict(zip(state["weight"], x[part * len(W) : (part + 1) * len(W)], strict=True))
 
         moved = [named(S, i) if i < len(orders) else None for i in range(2)]
-        return torch.cat(y, 2), _pack(named(anchor), named(W), moved[0], moved[1], past or None, state["pos"] + T)
+        return joined(y, 2), _pack(named(anchor), named(W), moved[0], moved[1], past or None, state["pos"] + T)
 
     if query.shape[2] == 0:
         return value, state

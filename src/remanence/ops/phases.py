@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ def whole_sizes(length: int, phase: int, chunk_size: int, most: int) -> list[int
     full, rest = divmod(length - first, chunk_size)
     spans, left = divmod(full * chunk_size, span)
     return [first] * (first > 0) + [span] * spans + [left] * (left > 0) + [rest] * (rest > 0)
+
+
+def cuts(x: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
+    """`split` that leaves a tensor that is one piece as it is, so that its gradient is not copied."""
+    return x.split(sizes, dim) if len(sizes) > 1 else (x,)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that leaves one piece as it is, in the order in memory that it has."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
 
 
 def by_phase(

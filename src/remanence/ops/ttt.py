@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from remanence.errors import ShapeError, expect
 from remanence.ops.decay import recurrent_dtype
 from remanence.ops.dispatch import compiled
-from remanence.ops.phases import by_phase, piece_sizes, whole_sizes
+from remanence.ops.phases import by_phase, cuts, joined, piece_sizes, whole_sizes
 from remanence.ops.taps import tapped
 from remanence.ops.whole_chunks import Form, unpacked, whole_chunks
 from remanence.state import State
@@ -158,7 +158,7 @@ def ttt(
         y = []
         T = sequence[0].shape[2]
         sizes = whole_sizes(T, phase, chunk, T) if fused else piece_sizes(T, phase, chunk)
-        for q, k, v, theta in zip(*(x.split(sizes, 2) for x in sequence), strict=True):
+        for q, k, v, theta in zip(*(cuts(x, sizes, 2) for x in sequence), strict=True):
             if fused and not phase and q.shape[2] >= chunk:
                 out, W = _whole(q, k, v, theta, average, scale, shift, turn, W)
                 y.append(out)
@@ -177,13 +177,13 @@ def ttt(
             elif not phase:
                 S = [d.mT @ x for d, x in zip(deltas, inputs, strict=True)]
             phase = after
-        return torch.cat(y, 2), *W, *(S if phase else [torch.zeros_like(total) for total in S])
+        return joined(y, 2), *W, *(S if phase else [torch.zeros_like(total) for total in S])
 
     def run(tensors: list[Tensor], state: State, phase: int) -> tuple[Tensor, State]:
         held = [*state["anchor"].values(), *state["sum"].values()]
         T, y = tensors[0].shape[2], []
         most = checkpoint * chunk if checkpoint and torch.is_grad_enabled() else T + phase
-        for piece in zip(*(x.split(piece_sizes(T, phase, most), 2) for x in tensors), strict=True):
+        for piece in zip(*(cuts(x, piece_sizes(T, phase, most), 2) for x in tensors), strict=True):
             if most < T + phase:
                 out, *held = torch.utils.checkpoint.checkpoint(span, phase, *piece, *held, use_reentrant=False)
             else:
@@ -191,7 +191,7 @@ def ttt(
             y.append(out)
             phase = (phase + out.shape[2]) % chunk
         named = [dict(zip(names, x, strict=True)) for x in (held[:depth], held[depth:])]
-        return torch.cat(y, 2), {"anchor": named[0], "sum": named[1], "pos": state["pos"] + T}
+        return joined(y, 2), {"anchor": named[0], "sum": named[1], "pos": state["pos"] + T}
 
     y, after = by_phase(run, [x.to(wide) for x in (query, key, value, step)], state, state["pos"], chunk)
     return y.to(query.dtype), after
