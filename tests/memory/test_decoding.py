@@ -16,7 +16,7 @@ STEPPED = [
     "retnet", "mamba", "mamba2", "griffin",
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
-    "lattice", "mesa", "liger", "abc", "softmax", "sliding-window", "neighborhood-attention",
+    "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
 ]  # fmt: skip
 
 
@@ -43,6 +43,8 @@ VARIANTS = [
     ("mesa", {"gate": True, "conv": 2}),
     ("mesa", {"steps": 2}),
     ("liger", {"kv_heads": 4, "mix": (0.3, 0.9)}),
+    ("gateloop", {"heads": 8}),
+    ("lizard", {"kv_heads": 2, "meta": 0}),
     ("gsa", {"kv_heads": 1, "sharpness": 3.0}),
     ("abc", {"kv_heads": 1}),
     ("hgrn", {"lower_bound": LowerBounds(2, 6), "layer": 1}),
@@ -82,7 +84,7 @@ TOKENS = {
     "hgrn2": "outer_token", "lightnet": "outer_token",
     "softmax": "attention_token", "sliding-window": "attention_token", "neighborhood-attention": "attention_token",
     "griffin": "rg_lru_token", "min-lstm": "min_gru", "hgrn": "tied_token", "gsa": "slots_token", "abc": "slots_token",
-    "aaren": "one_query_token", "lattice": "lattice_token", "mesa": "least_squares_token",
+    "aaren": "one_query_token", "lattice": "lattice_token", "lizard": "featured_token", "mesa": "least_squares_token",
 }  # fmt: skip
 
 

@@ -91,10 +91,10 @@ class Liger(SoftmaxWeights):
         return self.out(merge(a * lin + b * win).to(x.dtype)), kept
 
     def _token(self, qkv: Tensor, S: Tensor, window: State) -> tuple[Tensor, State]:
-        lin, S, _ = layer_steps.outer_token(qkv, S, features=steps.SOFTMAX, temper=16.0)
+        lin, S, _ = layer_steps.outer_token(qkv, S, features=steps.SOFTMAX, scale=self.mix[0], temper=16.0)
         win = layer_steps.attention_token(qkv, window["k"], window["v"], window["seen"], self.frequencies)
         near = {"k": win.keys, "v": win.values, "seen": win.position}
-        return self.out(self.mix[0] * lin + self.mix[1] * win.y), {"S": S, "window": near}
+        return self.out(torch.add(lin, win.y, alpha=self.mix[1])), {"S": S, "window": near}
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """The linear branch: all [B, heads, T, K]."""

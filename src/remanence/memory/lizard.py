@@ -10,6 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.parts import merge, rotate, wide, zeros
 from remanence.memory.softmax import SoftmaxWeights
+from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import exponential_sums
 from remanence.state import State
 
@@ -81,6 +82,8 @@ class Lizard(SoftmaxWeights):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        if x.shape[1] == 1 and steps.worth(x, state["C"]):
+            return self._token(x, state)
         q, k, v = self.project(x)
         k, v = self.per_query(k), self.per_query(v)
         near, past = state["window"], {name: state[name] for name in ("C", "n", "m")}
@@ -98,6 +101,16 @@ class Lizard(SoftmaxWeights):
         group = self.heads // self.kv_heads
         near = {"k": near["k"][:, ::group], "v": near["v"][:, ::group], "seen": near["seen"]}
         return self.out(merge(y).to(x.dtype)), {**past, "window": near}
+
+    def _token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        qkv, near, log_near = self.projected(x), state["window"], x.new_empty(len(x), self.heads)
+        win = layer_steps.attention_token(
+            qkv, near["k"], near["v"], near["seen"], self.frequencies, prefix=(self.meta[0, 0], self.meta[1, 0]),
+            logsumexp=log_near,
+        )  # fmt: skip
+        maps = self.query_map, self.key_map
+        y, past = layer_steps.featured_token(qkv, maps, self.forget(x), state, win.y, log_near)
+        return self.out(y), {**past, "window": {"k": win.keys, "v": win.values, "seen": win.position}}
 
 
 def exponential_features(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,12 @@ def attention_token(
 
     Held are the last `room` keys and values [B, G, room, K], latest last, of which `positions` have been written; the
     last `next_room` are kept. Seen are the token itself, and of those before it the `reach` nearest that lie a
-    multiple of `stride` back; and P keys and values [G, P, K] always. `logsums` [B, H] may be absent.
+    multiple of `stride` back; and P keys and values [H, P, K] always. `logsums` [B, H] may be absent.
     """
     qkv, y, logsum = at(one, qkvs, (B, (H + 2 * G) * K)), at(one, ys, (B, H, K)), at(one, logsums, (B, H))
     old_k, old_v = at(one, keys, (B, G, room, K)), at(one, values, (B, G, room, K))
     new_k, new_v = at(one, next_keys, (B, G, next_room, K)), at(one, next_values, (B, G, next_room, K))
-    fixed_k, fixed_v = at(one, prefix_keys, (G, P, K)), at(one, prefix_values, (G, P, K))
+    fixed_k, fixed_v = at(one, prefix_keys, (H, P, K)), at(one, prefix_values, (H, P, K))
     position, after = at(np.int64(0), positions, (B,)), at(np.int64(0), next_positions, (B,))
     rate, share, most = at(1.0, rates, (pairs,)), H // G, min(reach, room // stride)
     cos, sin, scale = np.empty(pairs, y.dtype), np.empty(pairs, y.dtype), y.dtype.type(1 / math.sqrt(K))
@@ -47,13 +47,13 @@ def attention_token(
             v = qkv[b, (H + G + g) * K : (H + G + g + 1) * K]
             _keep(old_k[b, g], k, new_k[b, g])
             for s in range(share):
-                _scores(q[s], fixed_k[g], old_k[b, g], k, n, stride, weights[s])
+                _scores(q[s], fixed_k[g * share + s], old_k[b, g], k, n, stride, weights[s])
                 total = softmax(weights[s, : P + n + 1])
                 if logsums:
                     logsum[b, g * share + s] = total
             _keep(old_v[b, g], v, new_v[b, g])
             for s in range(share):
-                _answer(weights[s], fixed_v[g], old_v[b, g], v, n, stride, y[b, g * share + s])
+                _answer(weights[s], fixed_v[g * share + s], old_v[b, g], v, n, stride, y[b, g * share + s])
 
 
 @jit

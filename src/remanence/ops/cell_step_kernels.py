@@ -48,12 +48,8 @@ def tied_token(one, forgets, candidates, lowest, weights, gates, starts, hs, ys,
 @jit
 def min_gru(one, zs, starts, hs, B, D, gates):
     """z [B, (gates + 1)·D]: the logits of the gates, and the candidate; h [B, D]."""
-    z, start, h, half = (
-        at(one, zs, (B, (gates + 1) * D)),
-        at(one, starts, (B, D)),
-        at(one, hs, (B, D)),
-        one / (one + one),
-    )
+    z, start, h = at(one, zs, (B, (gates + 1) * D)), at(one, starts, (B, D)), at(one, hs, (B, D))
+    half = one / (one + one)
     for i in range(B):
         row, before, now = z[i], start[i], h[i]
         first, candidate = row[:D], row[gates * D :]
@@ -161,3 +157,29 @@ def one_query_token(one, keys, values, queries, starts, sums, ys, next_sums, ws,
                 now[i] = past * before[i] + present * seen[i]
             for i in range(K):
                 out[i] = by * now[i]
+
+
+@jit
+def turning_token(one, mixes, transitions, gates, starts, ys, ends, B, D):
+    """h = a h + k v, y = q Re(h) SiLU(gate), of complex a = σ(|w|) w / |w|.
+
+    Queries, keys and values side by side [B, 3·D], w [B, 2·D] with its real parts first, gate and y [B, D], h [B, D, 2].
+    """
+    mixed, transition = at(one, mixes, (B, 3 * D)), at(one, transitions, (B, 2 * D))
+    gate, y = at(one, gates, (B, D)), at(one, ys, (B, D))
+    start, h = at(one, starts, (B, D, 2)), at(one, ends, (B, D, 2))
+    tiny, re, im = y.dtype.type(1e-12), np.empty(D, y.dtype), np.empty(D, y.dtype)
+    for b in range(B):
+        w, row, out, open_ = transition[b], mixed[b], y[b], gate[b]
+        for d in range(D):
+            square = w[d] * w[d] + w[D + d] * w[D + d]
+            size = np.sqrt(square)
+            share = sigmoid(np.sqrt(square + tiny)) / (size if size > 0 else one)
+            re[d], im[d] = share * (w[d] if size > 0 else one), share * w[D + d]
+        for d in range(D):
+            x, z = start[b, d, 0], start[b, d, 1]
+            h[b, d, 0] = re[d] * x - im[d] * z + row[D + d] * row[2 * D + d]
+            h[b, d, 1] = im[d] * x + re[d] * z
+            out[d] = row[d] * h[b, d, 0]
+        for d in range(D):
+            out[d] *= sigmoid_and_silu(open_[d])[1]

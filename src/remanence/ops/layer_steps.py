@@ -164,6 +164,24 @@ def exponential_token(
     return y, {"C": S, "n": count, "m": top}
 
 
+def featured_token(
+    qkv: Tensor, maps: tuple[Tensor, Tensor], forget: Tensor, state: State, near: Tensor, log_near: Tensor
+) -> tuple[Tensor, State]:
+    """`exponential_sums` of learnt features from what a layer projects, averaged with what was found near, and state.
+
+    Features of queries and keys are e^u and e^{−u}, u their image by `maps` [H, K, F/2] each. `near` [B, 1, H·K] is an
+    average over weights whose sum has the logarithm `log_near` [B, H].
+
+    Shapes: qkv [B, 1, (H + 2G)·K], forget [B, 1, H] (logits of what is kept), the state "C", "n" and "m" that of
+    `exponential_sums`.
+    """
+    C, n, m = state["C"], state["n"], state["m"].double().contiguous()
+    (B, H, F, K), y, S, count, top = C.shape, blank(near), blank(C), blank(n), blank(m)
+    given = qkv, *maps, forget, near, log_near, C, n, y, count, S
+    run(_outer.featured_token, given, m.data_ptr(), top.data_ptr(), B, H, (qkv.shape[2] // K - H) // 2, F, K)
+    return y, {"C": S, "n": count, "m": top}
+
+
 _cells = Kernels("cell_step_kernels")
 
 
@@ -219,6 +237,17 @@ def one_query_token(key: Tensor, value: Tensor, query: Tensor, state: State) -> 
     given = key, value, query, w, u, y, new_u, new_w
     run(_cells.one_query_token, given, m.data_ptr(), top.data_ptr(), len(w), *query.shape)
     return y, {"w": new_w, "u": new_u, "m": top}
+
+
+def turning_token(mixed: Tensor, transition: Tensor, gate: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """h = a h + k v, y = q Re(h) ⊙ SiLU(gate), feature by feature, a = σ(|w|) e^{i∠w}: y and the next state.
+
+    Shapes: mixed [B, 1, 3·D], queries, keys and values; transition [B, 1, 2·D], real and imaginary parts of w; gate
+    and y [B, 1, D]; start [B, D, 2, 1], real and imaginary parts.
+    """
+    y, h = blank(gate), blank(start)
+    run(_cells.turning_token, (mixed, transition, gate, start, y, h), *start.shape[:2])
+    return y, h
 
 
 _slots = Kernels("slot_step_kernels")
@@ -325,7 +354,7 @@ def attention_token(
 ) -> Seen:
     """Softmax attention from what a layer projects to the token itself and the `reach` nearest (all) before it.
 
-    Those seen lie multiples of `stride` back; a `prefix` (two [G, P, K]) is seen always. Queries and keys are turned by
+    Those seen lie multiples of `stride` back; a `prefix` (two [H, P, K]) is seen always. Queries and keys are turned by
     their position as `steps.rotate` does, as many feature pairs as there are frequencies. Of the keys and values
     `room` are kept, latest last, as many as before by default. `logsumexp` [B, H] is written to, where given.
 

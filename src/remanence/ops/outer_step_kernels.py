@@ -13,6 +13,7 @@ from remanence.ops.cell_step_kernels import tied
 from remanence.ops.chunk_kernels import copy_row, fill
 from remanence.ops.compiled import decay, jit
 from remanence.ops.decay import FLOOR
+from remanence.ops.dplr_kernels import read
 from remanence.ops.step_kernels import (
     ELU,
     SIGMOID,
@@ -180,3 +181,59 @@ def exponential_token(
             for d in range(V):
                 out[d] *= size
     normalise(one, ys, weights, offsets, opens, ys, B * H, V, H, True, SIGMOID, 1 / V, norm_eps)
+
+
+@jit
+def featured_token(
+    one, qkvs, query_maps, key_maps, forgets, nears, sizes, starts, counts, ys, next_counts, ends, tops, next_tops,
+    B, H, G, F, K,
+):  # fmt: skip
+    """Learnt features e^u, e^{−u} of queries and keys, u [F/2] by their maps [H, K, F/2], in a sum with what is near.
+
+    Queries [B, H, K], keys and values [B, G, K] side by side. C [B, H, F, K] and n [B, H, F] are `starts` and `counts`
+    before and `ends` and `next_counts` after, m [B, H] `tops` and `next_tops`, in float64. near [B, H, K] is an
+    average over weights with log sum `sizes` [B, H].
+    """
+    qkv, y, near = at(one, qkvs, (B, (H + 2 * G) * K)), at(one, ys, (B, H, K)), at(one, nears, (B, H, K))
+    query_map, key_map = at(one, query_maps, (H, K, F // 2)), at(one, key_maps, (H, K, F // 2))
+    size, forget = at(one, sizes, (B, H)), at(one, forgets, (B, H))
+    start, C = at(one, starts, (B, H, F, K)), at(one, ends, (B, H, F, K))
+    before, n = at(one, counts, (B, H, F)), at(one, next_counts, (B, H, F))
+    top, m = at(1.0, tops, (B, H)), at(1.0, next_tops, (B, H))
+    a, late, early = np.empty(F, y.dtype), np.empty(F, y.dtype), np.empty(F, y.dtype)
+    for b in range(B):
+        row = qkv[b]
+        for h in range(H):
+            g = h // (H // G)
+            k, v = row[(H + g) * K : (H + g + 1) * K], row[(H + G + g) * K : (H + G + g + 1) * K]
+            late_size = _both_exponentials(row[h * K : (h + 1) * K], query_map[h], late)
+            into = np.float64(_both_exponentials(k, key_map[h], early))
+            keep = max(-softplus(-np.float64(forget[b, h])), FLOOR) + top[b, h]
+            m[b, h] = max(keep, into)
+            kept, written = y.dtype.type(math.exp(keep - m[b, h])), y.dtype.type(math.exp(into - m[b, h]))
+            fill(a, kept)
+            mass, out = y.dtype.type(0), y[b, h]
+            for i in range(F):
+                early[i] *= written
+                n[b, h, i] = kept * before[b, h, i] + early[i]
+                mass += n[b, h, i] * late[i]
+            write_and_read(start[b, h], a, early, v, late, C[b, h], out)
+            mass = max(mass, y.dtype.type(1e-37))
+            far = y.dtype.type(1 / (1 + math.exp(size[b, h] - math.log(mass) - m[b, h] - late_size)))
+            for d in range(K):
+                out[d] = near[b, h, d] + far * (out[d] / mass - near[b, h, d])
+
+
+@jit
+def _both_exponentials(x, by, out):
+    """[e^u, e^{−u}] over the largest of them, u = byᵀ x; returns its logarithm."""
+    half = by.shape[1]
+    u, down, most = out[:half], out[half:], x.dtype.type(0)
+    read(x, by, u)
+    for i in range(half):
+        most = max(most, abs(u[i]))
+    for i in range(half):
+        down[i] = decay(-u[i] - most)
+    for i in range(half):
+        u[i] = decay(u[i] - most)
+    return most
