@@ -5,13 +5,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remanence import catalogue
 from remanence.memory import make
 from remanence.ops import steps
 from remanence.ops.taps import tap
-from remanence.state import fork
+from remanence.state import flatten, fork, tree_map, unflatten
 
 TOKENS = {
     "mamba": ("selective_scan", "token"), "longhorn": ("selective_scan", "token"),
@@ -93,3 +93,20 @@ def test_parts_that_somebody_listens_to_or_replaced_are_called(monkeypatch, part
         y, _ = memory(x)
     assert taken.called
     torch.testing.assert_close(y, want)
+
+
+@pytest.mark.parametrize("id", TOKENS)
+def test_a_state_of_two_precisions_goes_on(id):
+    """A kernel writes in one precision: a part of the state in another must not be taken for it."""
+    small = catalogue.cards("memory")[id].small
+    memory, x = make(id, **small), torch.randn(2, 1, small["dim"])
+    with torch.no_grad():
+        _, state = memory(x)
+        want, end = memory(x, state)
+        for path, part in flatten(state).items():
+            if part.dtype == torch.float32:
+                y, after = memory(x, unflatten({**flatten(state), path: part.double()}))
+                torch.testing.assert_close(y.float(), want, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    tree_map(Tensor.double, after), tree_map(Tensor.double, end), rtol=1e-4, atol=1e-4
+                )

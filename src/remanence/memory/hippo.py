@@ -83,9 +83,10 @@ class HiPPO(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        h, c, position = state["h"], state["c"], state["position"]
+        h, position = state["h"], state["position"]
+        c = state["c"].to(h)
         read, write, bias = (wide(p).to(h) for p in (self.read.weight, self.write.weight, self.write.bias))
-        if x.shape[1] == 1 and steps.worth(h, x):
+        if x.shape[1] == 1 and steps.worth(h, c, x):
             fixed = None if self.measure == "legs" else self.fixed
             h, c = projected_token(self.input(x), read, write, bias, fixed, position, h, c)
             return self.out(h[:, None]), {"h": h, "c": c, "position": position + 1}

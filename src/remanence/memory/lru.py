@@ -25,7 +25,7 @@ def through_modes(
     Shapes: x and y [batch, time, dim]; a, scale complex [N] or [batch, time, N]; B [N, 2, dim] and C [dim, N, 2],
     real and imaginary parts; D [dim]; state {"h": [batch, N, 2]}.
     """
-    if x.shape[1] == 1 and steps.worth(state["h"], x):
+    if x.shape[1] == 1 and steps.worth(x, state["h"]):
         y, now = shared_token(x, a, scale, B, C, D, state["h"], times)
         return y, {"h": now}
     u = torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))

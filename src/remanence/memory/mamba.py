@@ -103,10 +103,11 @@ class Mamba(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         mixed = self.in_proj(x)
-        if x.shape[1] == 1 and steps.worth(mixed, state["h"]) and bare(self.x_proj, self.dt_proj, self.step_size):
-            conv = state["conv"]["tail"], self.conv.weight, self.conv.bias
+        h, tail, parts = state["h"], state["conv"]["tail"], (self.x_proj, self.dt_proj, self.step_size)
+        if x.shape[1] == 1 and steps.worth(mixed, h, tail) and bare(*parts):
+            conv = tail, self.conv.weight, self.conv.bias
             step = self.dt_proj.weight, self.dt_proj.bias
-            given = conv, self.x_proj.weight, step, self.A_log, self.D, state["h"], self.norm_eps
+            given = conv, self.x_proj.weight, step, self.A_log, self.D, h, self.norm_eps
             y, h, tail = selective_token(mixed, *given)
             return self.out_proj(y), {"h": h, "conv": {"tail": tail}}
         u, z = mixed.chunk(2, dim=-1)
@@ -117,6 +118,6 @@ class Mamba(Memory):
         dt, B, C = chosen
         delta = self._steps(wide(self.dt_proj(dt)), B)
         A = None if self.A_log is None else self._rates(self.A_log)
-        y, after = selective_scan(u, delta, A, B, C, {"h": state["h"]})
+        y, after = selective_scan(u, delta, A, B, C, {"h": h})
         y = torch.addcmul(y, u, wide(self.D)).to(x.dtype)
         return self.out_proj(y * F.silu(z)), {**after, "conv": conv}

@@ -100,8 +100,8 @@ class Mamba2(Memory):
         state = self.begin(x, state)
         inner = self.widths[0]
         projected = self.inward(x)
-        if x.shape[1] == 1 and steps.worth(state["S"], projected):
-            held = state["conv"]["tail"], self.conv.weight, self.conv.bias
+        if x.shape[1] == 1 and steps.worth(state["S"], projected, tail := state["conv"]["tail"]):
+            held = tail, self.conv.weight, self.conv.bias
             learnt, how = (self.step_bias, self.rate, self.skip, self.scale), (self.norm_groups, self.eps)
             y, S, tail = mamba2(projected, held, learnt, state["S"], self.groups, self.step_limit, *how)
             return self.out(y), {"S": S, "conv": {"tail": tail}}

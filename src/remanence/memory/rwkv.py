@@ -78,7 +78,7 @@ class RWKV(Memory):
         (k, v, r), last = self.shift(x, state["shift"])
         sums = {name: state[name] for name in ("w", "u", "m")}
         k, v = wide(self.key(k)), wide(self.value(v))
-        if x.shape[1] == 1 and steps.worth(state["w"], k, x):
+        if x.shape[1] == 1 and steps.worth(state["w"], state["u"], k):
             y, after = rwkv(k, v, self.receptance(r), self.decay, self.bonus, sums)
             return self.out(y), {"shift": last, **after}
         y, after = softmax_scan(k, v, -wide(self.decay).exp(), wide(self.bonus), sums)

@@ -80,7 +80,7 @@ class RWKV6(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and steps.worth(state["S"], x):
+        if x.shape[1] == 1 and steps.worth(state["S"], state["shift"], x):
             return self._token(x, state)
         (rough,), last = token_shift(x, state["shift"], self.mix_all[None])
         chosen = torch.tanh(rough @ self.mix_down).view(x.shape[:2].numel(), *self.mix_up.shape[:2]).transpose(0, 1)
@@ -114,7 +114,7 @@ def read_before_write(
         return steps.read_before_write(r, k, v, log_decay, bonus, S)
     present = (r * bonus * k).sum(-1, keepdim=True) * v
     if k.shape[2] == 1 and not watched():  # one token alone is decoded in fewer operations
-        return r @ S + present, ops.linear_attention(r, k, v, log_decay, {"S": S})[1]["S"]
+        return r.to(S.dtype) @ S + present, ops.linear_attention(r, k, v, log_decay, {"S": S})[1]["S"]
     k, v, log_decay = (F.pad(x, (0, 0, 1, 0)) for x in (k, v, log_decay))  # the empty token
     y, after = ops.linear_attention(F.pad(r, (0, 0, 0, 1)), k, v, log_decay, {"S": S})
     return y[:, :, :-1] + present, after["S"]

@@ -87,7 +87,7 @@ class S4D(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         u, D = wide(x), wide(self.D)
-        if x.shape[1] == 1 and steps.worth(state["h"], u):
+        if x.shape[1] == 1 and steps.worth(u, state["h"]):
             y, h = diagonal_token(u, *self.kernel(), D, state["h"])
             state = {"h": h}
         else:

@@ -69,7 +69,7 @@ class S7(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and steps.worth(state["h"], x):
+        if x.shape[1] == 1 and steps.worth(x, state["h"]):
             steered = self.steer(x)
             seen, h = chosen_token(steered, self.codes(x), self.B(x), self.Lambda, state["h"])
             y = torch.addcmul(self.C(seen), steered[..., 2 * self.states :], x)

@@ -155,7 +155,7 @@ def chosen_token(steered: Tensor, codes: Tensor, written: Tensor, base: Tensor, 
     reading; written [B, 1, R·N].
     """
     (B, N), R = start.shape, codes.shape[2] // 2
-    seen, h = torch.empty_like(written), steps.blank(start)
+    seen, h = start.new_empty(B, 1, R * N), steps.blank(start)
     steps.run(kernels.chosen_token, (steered, codes, written, base, start, seen, h), B, N, R, steered.shape[2])
     return seen, h
 
