@@ -10,6 +10,7 @@ from remanence.memory import make
 from remanence.memory.hgrn import LowerBounds
 from remanence.ops import layer_steps, steps
 from remanence.ops.taps import tap
+from remanence.state import flatten, unflatten
 
 STEPPED = [
     "gated-deltanet", "deltanet", "kimi-delta", "efla", "deltaproduct", "gla", "linear-attention",
@@ -121,3 +122,20 @@ def test_of_several_rows_each_is_decoded_as_if_alone(monkeypatch):
                 for row, own in enumerate(token.split(1)):
                     out, alone[row] = memory(own, alone[row])
                     torch.testing.assert_close(y[row : row + 1], out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("id", ["gated-deltanet", "griffin", "mesa", "aaren", "lightnet", "gla"])
+def test_a_state_of_mixed_precision_is_read_as_it_is(monkeypatch, id):
+    torch.manual_seed(0)
+    small = catalogue.cards("memory")[id].small
+    memory, x = make(id, **small), torch.randn(2, 4, small["dim"])
+    with torch.no_grad():
+        state = flatten(memory(x[:, :3])[1])
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                continue
+            mixed = unflatten({**state, name: tensor.double()})
+            monkeypatch.setattr(steps, "STEP_FROM", 10**9)
+            want = memory(x[:, 3:], mixed)
+            monkeypatch.setattr(steps, "STEP_FROM", 0)
+            torch.testing.assert_close(memory(x[:, 3:], mixed), want, rtol=1e-4, atol=1e-5, check_dtype=False)

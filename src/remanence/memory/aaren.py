@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import per_head, wide, zeros
+from remanence.memory.parts import per_head, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import EMPTY
 from remanence.ops.softmax_scan import softmax_scan
@@ -51,9 +51,9 @@ class Aaren(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and steps.worth(x, state["w"]):
-            y, state = layer_steps.one_query_token(self.key(x), self.value(x), self.query, state)
-            return self.out(y), state
+        if x.shape[1] == 1 and steps.worth(x, state["w"], state["u"]):
+            y, state = layer_steps.one_query_token(project(self.key, x), project(self.value, x), self.query, state)
+            return project(self.out, y), state
         # q̄·W_k x = (W_kᵀ q̄)·x: one vector per head, in place of a key per token
         asks = torch.einsum("hk,hkd->hd", self.query, self.key.weight.view(self.heads, self.head_dim, -1))
         score = wide(x @ asks.mT) * self.head_dim**-0.5

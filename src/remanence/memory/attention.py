@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, wide, zeros
+from remanence.memory.parts import merge, per_head, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.rotary import turned_heads
 from remanence.state import State
@@ -78,10 +78,10 @@ class WindowAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv = self.qkv(x)
-        if x.shape[1] == 1 and steps.worth(x, state["k"]):
+        qkv = project(self.qkv, x)
+        if x.shape[1] == 1 and steps.worth(x, state["k"], state["v"]):
             seen = layer_steps.attention_token(qkv, state["k"], state["v"], state["seen"], self.frequencies)
-            return self.out(seen.y), {"k": seen.keys, "v": seen.values, "seen": seen.position}
+            return project(self.out, seen.y), {"k": seen.keys, "v": seen.values, "seen": seen.position}
         groups = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = turned_heads(wide(qkv), groups, state["seen"], self.frequencies)
         y, _, after = ops.window_attention(q, k, v, window=self.window, state=state)

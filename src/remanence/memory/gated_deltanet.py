@@ -16,6 +16,7 @@ from remanence.memory.parts import (
     ShortConv,
     l2_norm,
     per_head,
+    project,
     split,
     wide,
     zeros,
@@ -108,7 +109,7 @@ class GatedDeltaNet(Memory):
         state = self.begin(x, state)
         if self._steps(x, state):
             y, state = self._token(x, state, self.readout.plan(x))
-            return self.readout.out(y), state
+            return project(self.readout.out, y), state
         y, state = self._read(x, state)
         return self.readout(y, x), state
 
@@ -138,13 +139,13 @@ class GatedDeltaNet(Memory):
     def _steps(self, x: Tensor, state: State) -> bool:
         """Whether a token of this rule is to take the compiled form; a variant with a rule of its own has none."""
         plain = type(self).rule is GatedDeltaNet.rule and (self.exact or type(self).write is GatedDeltaNet.write)
-        return x.shape[1] == 1 and plain and steps.worth(x, state["S"])
+        return x.shape[1] == 1 and plain and steps.worth(x, state["S"], state["conv"]["tail"])
 
     def _token(self, x: Tensor, state: State, readout: Readout | None = None) -> tuple[Tensor, State]:
         decay = None if self.decay is None else self.decay.logits(x)
         y, S, tail = layer_steps.delta_token(
-            self.q(x), self.kv(x), self.beta(x), self.conv.weight, state["conv"]["tail"], state["S"], self.heads,
-            self.most, decay, readout, exact=self.exact,
+            project(self.q, x), project(self.kv, x), project(self.beta, x), self.conv.weight, state["conv"]["tail"],
+            state["S"], self.heads, self.most, decay, readout, exact=self.exact,
         )  # fmt: skip
         return y, {"S": S, "conv": {"tail": tail}}
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.complex_scan import complex_scan
 from remanence.state import State
@@ -66,8 +66,9 @@ class GateLoop(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         if x.shape[1] == self.head_dim == 1 and steps.worth(x, state["S"]):
-            y, S = layer_steps.turning_token(self.qkv(x), self.transition(x), self.gate(x), state["S"])
-            return self.out(y), {"S": S}
+            qkv, gate = project(self.qkv, x), project(self.gate, x)
+            y, S = layer_steps.turning_token(qkv, project(self.transition, x), gate, state["S"])
+            return project(self.out, y), {"S": S}
         q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         y, S = gate_loop(q, k, v, *self.polar(x), state["S"])
         return self.out(merge(y).to(x.dtype) * F.silu(self.gate(x))), {"S": S}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, per_head, split, wide, zeros
+from remanence.memory.parts import GatedReadout, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -48,11 +48,12 @@ class GLA(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qk, v, decay, scale = self.qk(x), self.v(x), self.decay(x), (self.head_dim // 2) ** -0.5
+        qk, v, decay = (project(map_, x) for map_ in (self.qk, self.v, self.decay))
+        scale = (self.head_dim // 2) ** -0.5
         if x.shape[1] == 1 and steps.worth(x, state["S"]):
             how = {"scale": scale, "chosen": decay, "temper": 16.0, "readout": self.readout.plan(x)}
             y, S, _ = layer_steps.outer_token(qk, state["S"], v, **how)
-            return self.readout.out(y), {"S": S}
+            return project(self.readout.out, y), {"S": S}
         q, k = qk.chunk(2, dim=-1)
         q, k, v, decay = (split(part, self.heads) for part in (scale * q, k, v, wide(decay)))
         y, state = ops.linear_attention(q, k, v, F.logsigmoid(decay) / 16, state)

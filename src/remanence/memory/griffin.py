@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import ShortConv, per_head, wide, zeros
+from remanence.memory.parts import ShortConv, per_head, project, wide, zeros
 from remanence.ops import dispatch, layer_steps, steps, taps
 from remanence.ops.rg_lru import by_scan, rg_lru
 from remanence.state import State
@@ -77,12 +77,12 @@ class Griffin(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        mixed = self.inward(x)
-        if x.shape[1] == 1 and steps.worth(x, state["h"]):
+        mixed = project(self.inward, x)
+        if x.shape[1] == 1 and steps.worth(x, state["h"], state["conv"]["tail"]):
             conv = self.conv.weight, self.conv.bias, state["conv"]["tail"]
             slow, take = ((gate.weight, gate.bias) for gate in (self.decay_gate, self.input_gate))
             y, h, tail = layer_steps.rg_lru_token(mixed, conv, slow, take, self.base, state["empty"], state["h"])
-            return self.out(y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": {"tail": tail}}
+            return project(self.out, y), {"h": h, "empty": torch.zeros_like(state["empty"]), "conv": {"tail": tail}}
         branch, u = mixed.chunk(2, dim=-1)
         u, kept = self.conv(u, state["conv"])
         gated, rate = u.to(x.dtype), F.softplus(wide(self.base))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.lightnet import running_logsumexp
-from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import EMPTY
 from remanence.ops.slots import slots
@@ -71,12 +71,12 @@ class GSA(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv, scores = self.qkv(x), wide(self.gate(x))
-        if x.shape[1] == 1 and steps.worth(x, state["K"]):
+        qkv, scores = project(self.qkv, x), wide(project(self.gate, x))
+        if x.shape[1] == 1 and steps.worth(x, state["K"], state["V"], state.get("z")):
             y, state = layer_steps.slots_token(
                 qkv, scores, state, self.norm.weight, self.norm.eps or 0.0, self.sharpness
             )
-            return self.out(y), state
+            return project(self.out, y), state
         parts, counts = F.silu(qkv).split(self.widths, dim=-1), (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = (split(part, count) for part, count in zip(parts, counts, strict=True))
         w, log_decay, rest = self.write(scores, state)

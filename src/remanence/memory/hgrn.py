@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import RMSNorm, wide, zeros
+from remanence.memory.parts import RMSNorm, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -96,10 +96,11 @@ class HGRN(Memory):
         state = self.begin(x, state)
         if x.shape[1] == 1 and steps.worth(x, state["h"]):
             y, h = layer_steps.tied_token(
-                self.forget(x), self.candidate(x), state["h"], least_share(self.lower_bound, self.layer),
-                self.norm.weight, self.gate(x), self.norm.eps or 0.0,
+                project(self.forget, x), project(self.candidate, x), state["h"],
+                least_share(self.lower_bound, self.layer), self.norm.weight, project(self.gate, x),
+                self.norm.eps or 0.0,
             )  # fmt: skip
-            return self.out(y), {"h": h}
+            return project(self.out, y), {"h": h}
         log_decay = self.log_decay(x)
         h, state = ops.scan(log_decay, -torch.expm1(log_decay) * F.silu(wide(self.candidate(x))), state)
         return self.out(self.norm(h.to(x.dtype), self.gate(x))), state

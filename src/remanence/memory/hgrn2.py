@@ -10,7 +10,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.hgrn import LowerBounds, bounded_decay, check_bound, least_share
-from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -59,13 +59,13 @@ class HGRN2(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qfv = self.qfv(x)
+        qfv = project(self.qfv, x)
         if x.shape[1] == 1 and steps.worth(x, state["S"]):
             y, S, _ = layer_steps.outer_token(
                 qfv, state["S"], features=steps.SILU, scale=self.head_dim**-0.5,
                 least=least_share(self.lower_bound, self.layer), readout=self.norm.plan(),
             )  # fmt: skip
-            return self.out(y), {"S": S}
+            return project(self.out, y), {"S": S}
         q, f, v = qfv.chunk(3, dim=-1)
         decay = split(self.log_decay(wide(f)), self.heads)
         q = split(F.silu(q), self.heads) * self.head_dim**-0.5

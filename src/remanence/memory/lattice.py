@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.lattice import lattice
 from remanence.state import State
@@ -82,12 +82,12 @@ class Lattice(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         encode, how = self.objective == "encode", {"correct": self.objective != "dot", "renormalise": self.renormalise}
-        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and steps.worth(x, state["S"], state["conv"]["tail"]):
             y, S, tail = layer_steps.lattice_token(
-                self.qkv(x), self.step(x), self.conv.weight, state["conv"]["tail"], state["S"], self.readout.plan(x),
-                by_slot=encode, **how,
+                project(self.qkv, x), project(self.step, x), self.conv.weight, state["conv"]["tail"], state["S"],
+                self.readout.plan(x), by_slot=encode, **how,
             )  # fmt: skip
-            return self.readout.out(y), {"S": S, "conv": {"tail": tail}}
+            return project(self.readout.out, y), {"S": S, "conv": {"tail": tail}}
         mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
         q, k, v = (split(p, self.heads) for p in mixed.split(self.widths, -1))
         q, k, step = l2_norm(q), l2_norm(k), wide(self.step(x)).sigmoid().transpose(1, 2)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
-from remanence.memory.parts import merge, rotate, zeros
+from remanence.memory.parts import merge, project, rotate, zeros
 from remanence.memory.softmax import SoftmaxWeights
 from remanence.ops import layer_steps, steps
 from remanence.ops.slots import slots as attend_to_slots
@@ -76,7 +76,8 @@ class Liger(SoftmaxWeights):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and self.gate == "gla" and self.heads == self.kv_heads and steps.worth(x, state["S"]):
+        plain, near = self.gate == "gla" and self.heads == self.kv_heads, state["window"]
+        if x.shape[1] == 1 and plain and steps.worth(x, state["S"], near["k"], near["v"]):
             return self._token(self.projected(x), **state)
         # heads of a group have equal memories: one copy is kept
         state = tree_map(lambda t: self.per_query(t) if t.ndim > 1 else t, state)
@@ -94,7 +95,7 @@ class Liger(SoftmaxWeights):
         lin, S, _ = layer_steps.outer_token(qkv, S, features=steps.SOFTMAX, scale=self.mix[0], temper=16.0)
         win = layer_steps.attention_token(qkv, window["k"], window["v"], window["seen"], self.frequencies)
         near = {"k": win.keys, "v": win.values, "seen": win.position}
-        return self.out(torch.add(lin, win.y, alpha=self.mix[1])), {"S": S, "window": near}
+        return project(self.out, torch.add(lin, win.y, alpha=self.mix[1])), {"S": S, "window": near}
 
     def recur(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> tuple[Tensor, State]:
         """The linear branch: all [B, heads, T, K]."""

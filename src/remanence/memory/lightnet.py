@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -57,11 +57,11 @@ class LightNet(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv = self.qkv(x)
+        qkv = project(self.qkv, x)
         if x.shape[1] == 1 and steps.worth(x, state["S"], state["z"]):
-            how = {"scale": self.head_dim**-0.5, "top": state["z"], "readout": self.norm.plan(self.gate(x))}
+            how = {"scale": self.head_dim**-0.5, "top": state["z"], "readout": self.norm.plan(project(self.gate, x))}
             y, S, z = layer_steps.outer_token(qkv, state["S"], features=steps.SILU, **how)
-            return self.out(y), {"S": S, "z": z}
+            return project(self.out, y), {"S": S, "z": z}
         q, k, v = qkv.chunk(3, dim=-1)
         z = torch.cat([state["z"][:, None], running_logsumexp(wide(k), state["z"])], 1)
         key, decay = (split(part, self.heads) for part in ((wide(k) - z[:, 1:]).exp(), z[:, :-1] - z[:, 1:]))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import RMSNorm, merge, per_head, split, wide, zeros
+from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -127,13 +127,13 @@ class LightningAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv = self.qkv(x)
+        qkv = project(self.qkv, x)
         if x.shape[1] == 1 and not self.lrpe and steps.worth(x, state["S"]):
             y, S, _ = layer_steps.outer_token(
                 qkv, state["S"], features=steps.SILU, value_features=steps.SILU, fixed=-self.slopes,
-                readout=self.norm.plan(self.gate(x), torch.sigmoid),
+                readout=self.norm.plan(project(self.gate, x), torch.sigmoid),
             )  # fmt: skip
-            return self.out(y), {"S": S}
+            return project(self.out, y), {"S": S}
         q, k, v = (split(part, self.heads) for part in F.silu(qkv).chunk(3, dim=-1))
         after = {}
         if self.lrpe:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, zeros
+from remanence.memory.parts import merge, per_head, project, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -46,10 +46,10 @@ class LinearAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv = self.qkv(x)
+        qkv = project(self.qkv, x)
         if x.shape[1] == 1 and steps.worth(x, state["S"]):
             y, S, _ = layer_steps.outer_token(qkv, state["S"], features=steps.ELU, mean=1e-6)
-            return self.out(y), {"S": S}
+            return project(self.out, y), {"S": S}
         q, k, v = qkv.chunk(3, dim=-1)
         q, k = (F.elu(split(part, self.heads)) + 1 for part in (q, k))
         y, state = ops.linear_attention(q, k, F.pad(split(v, self.heads), (0, 1), value=1.0), state=state)

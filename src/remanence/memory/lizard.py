@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
-from remanence.memory.parts import merge, rotate, wide, zeros
+from remanence.memory.parts import merge, project, rotate, wide, zeros
 from remanence.memory.softmax import SoftmaxWeights
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import exponential_sums
@@ -82,7 +82,7 @@ class Lizard(SoftmaxWeights):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and steps.worth(x, state["C"]):
+        if x.shape[1] == 1 and steps.worth(x, state["C"], state["n"], state["window"]["k"], state["window"]["v"]):
             return self._token(x, state)
         q, k, v = self.project(x)
         k, v = self.per_query(k), self.per_query(v)
@@ -109,8 +109,8 @@ class Lizard(SoftmaxWeights):
             logsumexp=log_near,
         )  # fmt: skip
         maps = self.query_map, self.key_map
-        y, past = layer_steps.featured_token(qkv, maps, self.forget(x), state, win.y, log_near)
-        return self.out(y), {**past, "window": {"k": win.keys, "v": win.values, "seen": win.position}}
+        y, past = layer_steps.featured_token(qkv, maps, project(self.forget, x), state, win.y, log_near)
+        return project(self.out, y), {**past, "window": {"k": win.keys, "v": win.values, "seen": win.position}}
 
 
 def exponential_features(x: Tensor) -> tuple[Tensor, Tensor]:

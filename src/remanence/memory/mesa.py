@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.least_squares import least_squares
 from remanence.state import State
@@ -76,12 +76,12 @@ class Mesa(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and self.steps is not None and steps.worth(x, state["H"]):
+        if x.shape[1] == 1 and self.steps is not None and steps.worth(x, state["H"], state["G"], state["conv"]["tail"]):
             y, after = layer_steps.least_squares_token(
-                self.qk(x), self.v(x), self.gates(x), self.conv.weight, self.ridge, self.least, state,
-                self.readout.plan(x), self.steps,
+                project(self.qk, x), project(self.v, x), project(self.gates, x), self.conv.weight, self.ridge,
+                self.least, state, self.readout.plan(x), self.steps,
             )  # fmt: skip
-            return self.readout.out(y), after
+            return project(self.readout.out, y), after
         mixed, conv = self.conv(self.qk(x), state["conv"], silu=True)
         q, k = (l2_norm(split(part, self.heads)) for part in mixed.chunk(2, -1))
         decay, beta = wide(self.gates(x)).transpose(1, 2).chunk(2, dim=1)

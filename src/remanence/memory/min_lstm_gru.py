@@ -8,7 +8,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import project, wide, zeros
 from remanence.ops import dispatch, layer_steps, min_cell, steps, taps
 from remanence.ops.min_cell import positive
 from remanence.state import State
@@ -46,10 +46,10 @@ class MinGRU(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        z = wide(self.inward(x))
+        z = wide(project(self.inward, x))
         if x.shape[1] == 1 and steps.worth(x, state["h"]):
             h = layer_steps.min_gru(z, self.gates, state["h"])
-            return self.out(h.unsqueeze(1)), {"h": h}
+            return project(self.out, h.unsqueeze(1)), {"h": h}
         if x.shape[1] > 1 and dispatch.compiled(z) and not taps.watched():
             h = min_cell.min_cell(z, self.gates, state["h"].to(z.dtype))
             return self.out(h.to(x.dtype)), {"h": h[:, -1]}

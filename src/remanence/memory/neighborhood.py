@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, rotate, split, zeros
+from remanence.memory.parts import merge, per_head, project, rotate, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -62,13 +62,13 @@ class NeighborhoodAttention(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qkv = self.qkv(x)
-        if x.shape[1] == 1 and steps.worth(x, state["k"]):
+        qkv = project(self.qkv, x)
+        if x.shape[1] == 1 and steps.worth(x, state["k"], state["v"]):
             seen = layer_steps.attention_token(
                 qkv, state["k"], state["v"], state["position"], self.frequencies, reach=self.window - 1,
                 stride=self.dilation,
             )  # fmt: skip
-            return self.out(seen.y), {"k": seen.keys, "v": seen.values, "position": seen.position}
+            return project(self.out, seen.y), {"k": seen.keys, "v": seen.values, "position": seen.position}
         q, k, v = (split(part, self.heads) for part in qkv.chunk(3, dim=-1))
         q, k = (rotate(part, state["position"], self.frequencies) for part in (q, k))
         keep, T = state["k"].shape[2], x.shape[1]

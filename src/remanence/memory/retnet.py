@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import GatedReadout, per_head, rotate, split, zeros
+from remanence.memory.parts import GatedReadout, per_head, project, rotate, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
 
@@ -54,14 +54,14 @@ class RetNet(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        qk, v, scale, start = self.qk(x), self.v(x), self.head_dim**-0.5, state["position"]
+        qk, v, scale, start = project(self.qk, x), project(self.v, x), self.head_dim**-0.5, state["position"]
         after = {"position": start + x.shape[1]}
         if x.shape[1] == 1 and steps.worth(x, state["S"]):
             y, S, _ = layer_steps.outer_token(
                 qk, state["S"], v, key_scale=scale, fixed=self.log_decay, positions=(start, self.frequencies),
                 readout=self.readout.plan(x),
             )  # fmt: skip
-            return self.readout.out(y), {"S": S, **after}
+            return project(self.readout.out, y), {"S": S, **after}
         q, k = rotate(split(qk, 2 * self.heads), start, self.frequencies).chunk(2, dim=1)
         v = split(v, self.heads)
         decay = self.log_decay.to(k)[:, None].expand(k.shape[:3])

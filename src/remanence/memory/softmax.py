@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
-from remanence.memory.parts import merge, per_head, split, wide, zeros
+from remanence.memory.parts import merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.dispatch import compiled
 from remanence.ops.rotary import turned_heads
@@ -39,7 +39,7 @@ class SoftmaxWeights(Memory):
 
     def projected(self, x: Tensor) -> Tensor:
         """Queries, keys and values side by side [B, T, (heads + 2 kv_heads) K], before any rotation."""
-        return self.qkv(x)
+        return project(self.qkv, x)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, heads, T, K], keys and values [B, kv_heads, T, K], before any rotation."""
@@ -106,7 +106,7 @@ class SoftmaxAttention(SoftmaxWeights):
             return x, state
         position, qkv, room = state["position"], self.projected(x), state["keys"].shape[2]
         room_after = max(room, -(-(int(position.max()) + T) // BLOCK) * BLOCK)
-        if T == 1 and steps.worth(x, state["keys"]):
+        if T == 1 and steps.worth(x, state["keys"], state["values"]):
             held = state["keys"], state["values"], position
             seen = layer_steps.attention_token(qkv, *held, self.frequencies, room=room_after)
             after = {"keys": seen.keys, "values": seen.values, "position": seen.position}
@@ -131,7 +131,7 @@ class SoftmaxAttention(SoftmaxWeights):
 
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """What attention found, projected to `dim`. Shapes: [batch, time, heads·head_dim], x as in `forward`."""
-        return self.out(y)
+        return project(self.out, y)
 
     def level(self, states: Sequence[State]) -> Sequence[State]:
         most = max(s["keys"].shape[2] for s in states)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
-from remanence.memory.parts import HeadNorm, merge, per_head, split, wide, zeros
+from remanence.memory.parts import HeadNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import expgate
 from remanence.state import State
@@ -77,11 +77,11 @@ class MLSTM(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        mixed, gates = self.qkvo(x), wide(self.gates(x))
+        mixed, gates = project(self.qkvo, x), wide(project(self.gates, x))
         if x.shape[1] == 1 and steps.worth(x, state["C"]):
             norm = self.norm.weight, self.norm.bias, self.norm.eps
             y, state = layer_steps.exponential_token(mixed, gates, state, norm, self.cap, self.eps)
-            return self.out(y), state
+            return project(self.out, y), state
         q, k, v, o = mixed.split(self.widths, dim=-1)
         q, k, v = (split(part, self.heads) for part in (q, k, v))
         if self.cap is not None:

@@ -163,7 +163,7 @@ def one_query_token(one, keys, values, queries, starts, sums, ys, next_sums, ws,
 def turning_token(one, mixes, transitions, gates, starts, ys, ends, B, D):
     """h = a h + k v, y = q Re(h) SiLU(gate), of complex a = σ(|w|) w / |w|.
 
-    Queries, keys and values side by side [B, 3·D], w [B, 2·D] with its real parts first, gate and y [B, D], h [B, D, 2].
+    Queries, keys and values side by side [B, 3·D]; w [B, 2·D], its real parts first; gate and y [B, D], h [B, D, 2].
     """
     mixed, transition = at(one, mixes, (B, 3 * D)), at(one, transitions, (B, 2 * D))
     gate, y = at(one, gates, (B, D)), at(one, ys, (B, D))
