@@ -18,6 +18,7 @@ TOKENS = {
     "s4d": ("complex_scan", "diagonal_token"), "stablessm": ("complex_scan", "diagonal_token"),
     "lru": ("complex_scan", "shared_token"), "s5": ("complex_scan", "shared_token"),
     "s7": ("complex_scan", "chosen_token"), "hippo": ("hippo", "token"), "lssl": ("dense_ssm", "token"),
+    "jrt": ("recurrence_steps", "taylor"),
     "mamba2": ("recurrence_steps", "mamba2"), "rwkv": ("recurrence_steps", "rwkv"),
     "rwkv6": ("recurrence_steps", "rwkv6"), "rwkv7": ("recurrence_steps", "rwkv7"),
 }  # fmt: skip
@@ -48,6 +49,7 @@ def counted(monkeypatch, id):
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed, dtype, near):
     small = catalogue.cards("memory")[id].small | changed
+    small |= {"prefix": 2} if id == "jrt" else {}  # which must come in one piece, the first
     memory, taken = make(id, **small).to(dtype), counted(monkeypatch, id)
     x = torch.randn(3, 9, small["dim"], dtype=dtype)
     with torch.no_grad():

@@ -12,6 +12,8 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import merge, per_head, split, zeros
+from remanence.ops import steps
+from remanence.ops.recurrence_steps import taylor
 from remanence.state import State
 
 SOURCE = "arXiv:2407.05483"
@@ -101,7 +103,11 @@ class PrefixLinearAttention(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         S = state["S"]
-        if not state["begun"].all():
+        begun = bool(state["begun"].all())
+        if begun and x.shape[1] == 1 and steps.worth(S, x):
+            y, S = taylor(self.qk(x), self.v(x), S)
+            return self.out(y), {"S": S, "begun": state["begun"]}
+        if not begun:
             head = x[:, : self.prefix]
             read = taylor_features(split(self.prefix_k(head), self.heads)).mT @ self._values(self.prefix_v(head))
             S = S + torch.where(state["begun"][:, None, None, None], 0.0, read)

@@ -1,9 +1,11 @@
-"""One token of Mamba-2 and of the RWKVs between the projections of a layer, compiled for the CPU.
+"""One token of Mamba-2, of the RWKVs and of JRT between the projections of a layer, compiled for the CPU.
 
 Tensors come as in `step_kernels`, whose recurrences these call; `rooms` is space to work in.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -21,7 +23,8 @@ from remanence.ops.step_kernels import (
     sigmoid,
     softmax_scan,
     state_space_token,
-)  # fmt: skip
+    write_and_read,
+)
 
 
 @jit
@@ -167,3 +170,37 @@ def rwkv7(
         _map(gate_up, inner[:broad], gate)
         for d in range(D):
             out[d] = (out[d] + own[d]) * gate[d]
+
+
+@jit
+def _taylor(x, out):
+    """1, x, x²/√2 and the products of features ever further apart, of x over the fourth root of its width."""
+    d, scale, half = x.shape[0], x.dtype.type(x.shape[0] ** -0.25), x.dtype.type(math.sqrt(0.5))
+    out[0] = 1
+    for i in range(d):
+        out[1 + i] = scale * x[i]
+    near, place = out[1 : d + 1], d + 1
+    for apart in range(d):
+        by, row = half if apart == 0 else x.dtype.type(1), out[place : place + d - apart]
+        for i in range(d - apart):
+            row[i] = by * near[i] * near[i + apart]
+        place += d - apart
+
+
+@jit
+def taylor(one, qks, vs, starts, ys, ends, B, H, d, V, eps):
+    """Linear attention over second-order features, each answer over that of a value of 1: qk [B, 2, H, d]."""
+    F = 1 + d + d * (d + 1) // 2
+    qk, v, y = at(one, qks, (B, 2, H, d)), at(one, vs, (B, H, V)), at(one, ys, (B, H, V))
+    start, S = at(one, starts, (B, H, F, V + 1)), at(one, ends, (B, H, F, V + 1))
+    late, early, a = np.empty(F, y.dtype), np.empty(F, y.dtype), np.ones(F, y.dtype)
+    new, found = np.ones(V + 1, y.dtype), np.empty(V + 1, y.dtype)
+    for b in range(B):
+        for h in range(H):
+            _taylor(qk[b, 0, h], late)
+            _taylor(qk[b, 1, h], early)
+            copy_row(v[b, h], new[:V])
+            write_and_read(start[b, h], a, early, new, late, S[b, h], found)
+            out, by = y[b, h], one / (found[V] + y.dtype.type(eps))
+            for j in range(V):
+                out[j] = found[j] * by

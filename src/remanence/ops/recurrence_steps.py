@@ -1,4 +1,4 @@
-"""One token of Mamba-2 and of the RWKVs between the projections of a layer, without gradients: one compiled call each.
+"""One token of Mamba-2, the RWKVs and JRT between a layer's projections, without gradients: one compiled call each.
 
 `steps.worth` says when. Shapes are those of the layers' own tensors, with a time axis of one.
 """
@@ -99,4 +99,14 @@ def rwkv7(
     y, S, room = start.new_empty(B, 1, H * K), blank(start), start.new_empty(3, B, H * K)
     given = *blends, *rkv, *decay, *rate, *gate, *learnt, *norm, start, room, y, S
     run(kernels.rwkv7, given, B, H, K, len(decay[0]), len(rate[0]), len(gate[0]), lowest, eps)
+    return y, S
+
+
+def taylor(qk: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear attention over `taylor_features`, divided by what a value of 1 reads: y as v, and the next state.
+
+    Shapes: qk [B, 1, 2·H·d] (queries, then keys), v [B, 1, H·V], start [B, H, 1 + d + d(d + 1)/2, V + 1].
+    """
+    (B, H, _, columns), y, S = start.shape, blank(v), blank(start)
+    run(kernels.taylor, (qk, v, start, y, S), B, H, qk.shape[2] // (2 * H), columns - 1, 1e-12)
     return y, S
