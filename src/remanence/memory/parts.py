@@ -88,7 +88,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     if not (layer._forward_hooks or layer._forward_pre_hooks or _for_all or _before_all):
         if type(layer) is nn.Linear:
             own = layer._parameters
-            return F.linear(x, own["weight"], own["bias"])
+            return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
         if type(layer) is nn.Sequential:
             for part in layer:
                 x = project(part, x)
