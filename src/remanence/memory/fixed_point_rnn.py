@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,8 +40,8 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """(U [..., rank, width], K [..., rank, rank]) from x and h_{t−1}, [..., width]."""
         seen = torch.cat([x, before], -1)
-        u = F.linear(seen, wide(self.u.weight)).unflatten(-1, (self.rank, -1))
-        alpha = F.linear(seen, wide(self.alpha.weight), wide(self.alpha.bias)).sigmoid()
+        u = _normed(self.u, seen).unflatten(-1, (self.rank, -1))
+        alpha = (_normed(self.alpha, seen) + wide(self.alpha.bias)).sigmoid()
         # a hair below `most`, which a float32 sigmoid may reach, and at which the transition may be singular
         alpha = self.most * (1 - 1e-6) * alpha
         U, twice = F.normalize(F.silu(u), dim=-1, eps=1e-5), torch.diag_embed(2 * alpha)
@@ -47,6 +49,13 @@ class Mixer(nn.Module):
             return U, twice
         after = twice @ (U @ U.mT).tril(-1)  # a later factor acts on what the earlier ones left
         return U, torch.linalg.solve_triangular(after, twice, upper=False, unitriangular=True)
+
+
+def _normed(linear: nn.Module, x: Tensor) -> Tensor:
+    """W x with weight norm's W = g v / ‖v‖, which takes no matrix of its own: for a token, most of the time."""
+    parts: Any = linear.parametrizations["weight"]  # type: ignore[index]
+    length, v = wide(parts.original0), wide(parts.original1)
+    return F.linear(x, v) * (length / torch.linalg.vector_norm(v, dim=1, keepdim=True))[:, 0]
 
 
 def mixed(mixer: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
