@@ -85,27 +85,29 @@ class SoftmaxAttention(SoftmaxWeights):
         return {"keys": k, "values": k.clone(), "position": k.new_zeros(batch, dtype=torch.int64)}
 
     def begin(self, x: Tensor, state: State | None) -> State:
-        name = type(self).__name__
-        expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
-        if state is None:
-            return self.initial_state(x.shape[0])
-        keys = state.get("keys")
+        keys = None if state is None else state.get("keys")
         room = keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 else 0
         held = (self.kv_heads, room, self.head_dim), "floating"
-        if not fits(state, {"keys": held, "values": held, "position": ((), "integer")}, x.shape[0]):
-            fresh = self.initial_state(x.shape[0])
-            grown = {n: t.new_zeros(*t.shape[:2], room, t.shape[3]) for n, t in fresh.items() if t.ndim == 4}
-            check_state(name, state, {**fresh, **grown})
-        if state["position"].max() > room:
-            raise StateError(f"{name}: a state of {room} tokens cannot be at position {int(state['position'].max())}.")
+        form = {"keys": held, "values": held, "position": ((), "integer")}
+        if state is not None and x.ndim == 3 and x.shape[2] == self.dim and fits(state, form, x.shape[0]):
+            return state
+        name = type(self).__name__
+        expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
+        fresh = self.initial_state(x.shape[0])
+        if state is None:
+            return fresh
+        grown = {n: t.new_zeros(*t.shape[:2], room, t.shape[3]) for n, t in fresh.items() if t.ndim == 4}
+        check_state(name, state, {**fresh, **grown})
         return state
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         if (T := x.shape[1]) == 0:
             return x, state
-        position, qkv, room = state["position"], self.projected(x), state["keys"].shape[2]
-        room_after = max(room, -(-(int(position.max()) + T) // BLOCK) * BLOCK)
+        position, room = state["position"], state["keys"].shape[2]
+        if (most := int(position.max())) > room:
+            raise StateError(f"{type(self).__name__}: a state of {room} tokens cannot be at position {most}.")
+        qkv, room_after = self.projected(x), max(room, -(-(most + T) // BLOCK) * BLOCK)
         if T == 1 and steps.worth(x, state["keys"], state["values"]):
             held = state["keys"], state["values"], position
             seen = layer_steps.attention_token(qkv, *held, self.frequencies, room=room_after)
