@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, merge, per_head, split, wide
+from remanence.ops.decay import second_order
+from remanence.ops.phases import joined
 from remanence.ops.ttt import ttt, ttt_state
-from remanence.state import State
+from remanence.state import State, tree_map
 
 SOURCE = "arXiv:2407.04620"
+LONG = 4096
+"""Tokens, of all rows together, from which training spares memory: fewer need too little to be worth smaller pieces."""
 
 
 @card(
@@ -94,28 +99,100 @@ class TTTLinear(Memory):
         state = self.begin(x, state)
         after: State = {}
         if self.conv is None:
-            q, k, v = self.qkv(x).chunk(3, -1)
+            vectors = self.project(x)
         else:
             both, v = self.qkv(x).chunk(2, -1)
             both, after["conv"] = self.conv(torch.cat([both, both], -1), state["conv"])
-            q, k = both.chunk(2, -1)
+            vectors = [(*both.chunk(2, -1), v)]
         step = self.base / self.head_dim * wide(self.step(x)).sigmoid().transpose(1, 2)
         count = torch.arange(1, self.chunk_size + 1, device=x.device)
         average = (1 / count + wide(self.average)).clamp(min=0)
-        norm = wide(self.scale), wide(self.shift)
-        q, k, v = (split(part, self.heads) for part in (q, k, v))
-        y, after["net"] = ttt(
-            q, k, v, step, average, *norm, state["net"], turn=self.turn(x.device), checkpoint=self.checkpoint
-        )
-        y = self.norm(merge(y).to(x.dtype))
+        gates = step, average, wide(self.scale), wide(self.shift)
+        y, after["net"] = self.recall(vectors, *gates, state["net"])
+        if self.gate is None and self.lean(y, self.norm, self.out):
+            norm, out = self.norm, self.out
+            return _Readout.apply(y.to(x.dtype), norm.weight, norm.bias, out.weight, norm.eps), after
+        y = self.norm(y.to(x.dtype))
         y = y if self.gate is None else F.gelu(self.gate(x), approximate="tanh") * y
         return self.out(y), after
+
+    def recall(
+        self,
+        vectors: list[tuple[Tensor, ...]],
+        step: Tensor,
+        average: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        net: State,
+    ) -> tuple[Tensor, State]:
+        """What the queries read [batch, time, dim], a group of heads at a time, and the networks' state."""
+        turn, y, n = self.turn(step.device), [], len(vectors)
+        nets = [net] if n == 1 else [_group(net, i, n) for i in range(n)]
+        for i, each in enumerate(vectors):
+            q, k, v = (split(part, self.heads // n) for part in each)
+            gates = step.chunk(n, 1)[i], average, scale.chunk(n)[i], shift.chunk(n)[i]
+            out, nets[i] = ttt(q, k, v, *gates, nets[i], turn=turn, checkpoint=self.checkpoint)
+            y.append(merge(out))
+        return joined(y, -1), nets[0] if n == 1 else tree_map(_together, *nets)
+
+    def lean(self, x: Tensor, *modules: nn.Module) -> bool:
+        """Whether to be sparing with memory: in training, at length, with the modules that are known here."""
+        plain = all(type(module) in (nn.Linear, nn.LayerNorm) for module in modules)
+        plain = plain and not torch.is_autocast_enabled(x.device.type)
+        return plain and x.shape[0] * x.shape[1] >= LONG and torch.is_grad_enabled()
+
+    def project(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """Queries, keys and values [batch, time, features]: of all heads, or apart, of the first and the last half.
+
+        Apart, those of the last half are gone before the gradients of the first need room.
+        """
+        if self.heads % 2 or not self.lean(x, self.qkv):
+            return [self.qkv(x).chunk(3, -1)]
+        halves = self.qkv.weight.unflatten(0, (6, -1)).unbind()
+        return [tuple(F.linear(x, W) for W in halves[i::2]) for i in range(2)]
 
     def turn(self, device: torch.device) -> Tensor:
         """Cosines and sines of the rotary angles at every place in a chunk [chunk, 2, K/2], in float64."""
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
         angle = torch.arange(self.chunk_size, device=device)[:, None] * 10000.0**-pairs
         return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def _group(net: State, i: int, groups: int) -> State:
+    """The state of the i-th group of heads."""
+    return tree_map(lambda t: t if t.ndim == 1 else t.chunk(groups, 1)[i], net)
+
+
+def _together(*parts: Tensor) -> Tensor:
+    return parts[0] if parts[0].ndim == 1 else torch.cat(parts, 1)
+
+
+class _Readout(torch.autograd.Function):
+    """A layer norm and a projection; what is between is made again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(y, scale, shift, weight)
+        ctx.eps = eps
+        return _readout(y, scale, shift, weight, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, shift, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            plain = partial(_readout, eps=ctx.eps)
+            return *second_order(ctx.needs_input_grad[:4], plain, ctx.saved_tensors, grads), None
+        grad = grads[0]
+        normed, mean, inverse = torch.native_layer_norm(y, scale.shape, scale, shift, ctx.eps)
+        d_weight = grad.flatten(0, 1).mT @ normed.flatten(0, 1)
+        del normed
+        backward = torch.ops.aten.native_layer_norm_backward
+        found = backward(grad @ weight, y, scale.shape, mean, inverse, scale, shift, [True] * 3)
+        return *found, d_weight, None
+
+
+def _readout(y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.linear(F.layer_norm(y, scale.shape, scale, shift, eps), weight)
 
 
 @card(
