@@ -12,7 +12,7 @@ from remanence.memory.base import Memory
 from remanence.memory.parts import token_shift, wide, zeros
 from remanence.ops import steps
 from remanence.ops.expgate import EMPTY
-from remanence.ops.recurrence_steps import rwkv
+from remanence.ops.recurrence_steps import rwkv, rwkv_blends
 from remanence.ops.softmax_scan import softmax_scan
 from remanence.state import State
 
@@ -28,6 +28,9 @@ class TokenShift(nn.Module):
         self.mix = nn.Parameter(mix)
 
     def forward(self, x: Tensor, last: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        if x.shape[1] == 1 and steps.worth(x, last, mix := self.mix):
+            blends, newest = rwkv_blends(x, last, mix)
+            return blends.unbind(), newest
         return token_shift(x, last, 1 - self.mix)
 
 

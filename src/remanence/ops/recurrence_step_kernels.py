@@ -72,6 +72,20 @@ def mamba2(
 
 
 @jit
+def rwkv_blends(one, xs, lasts, mixes, newests, ys, n, B, D):
+    """y [n, B, D] = x' + (x − x') ⊙ mix, mix [n, D], and x as the next last token x'."""
+    x, last, newest = at(one, xs, (B, D)), at(one, lasts, (B, D)), at(one, newests, (B, D))
+    mix, y = at(one, mixes, (n, D)), at(one, ys, (n, B, D))
+    for b in range(B):
+        now, before = x[b], last[b]
+        copy_row(now, newest[b])
+        for i in range(n):
+            share, out = mix[i], y[i, b]
+            for d in range(D):
+                out[d] = before[d] + (now[d] - before[d]) * share[d]
+
+
+@jit
 def rwkv(one, ks, vs, rs, logs, bonuses, sums, sizes, rooms, ys, next_sums, next_sizes, tops, next_tops, B, D):
     """`softmax_scan` gated by σ(r) [B, D]; `logs` are those of the rates [D]."""
     r, y, log, rate = at(one, rs, (B, D)), at(one, ys, (B, D)), at(one, logs, (D,)), at(one, rooms, (D,))

@@ -39,6 +39,14 @@ def mamba2(
     return y, S, after
 
 
+def rwkv_blends(x: Tensor, last: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """x' + (x − x') ⊙ μ [n, B, 1, D] for each μ of mix [n, D], and x [B, 1, D] as the next x' [B, D]."""
+    (B, _, D), n = x.shape, len(mix)
+    y, newest = x.new_empty(n, B, 1, D), blank(last)
+    run(kernels.rwkv_blends, (x, last, mix, newest, y), n, B, D)
+    return y, newest
+
+
 def rwkv(k: Tensor, v: Tensor, r: Tensor, log_rate: Tensor, bonus: Tensor, state: State) -> tuple[Tensor, State]:
     """`softmax_scan` with the decay −exp(`log_rate`), gated by σ(r): k, v, r and y [B, 1, D], the others [D]."""
     B, _, D = v.shape
