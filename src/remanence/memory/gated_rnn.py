@@ -11,7 +11,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import ShapeError
 from remanence.memory.base import Memory
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import project, wide, zeros
 from remanence.state import State
 
 
@@ -55,9 +55,9 @@ class GatedRNN(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        a, b = wide(self.inward(x)).chunk(2, dim=-1)
+        a, b = wide(project(self.inward, x)).chunk(2, dim=-1)
         h, after = ops.scan(-wide(self.root).square().expand_as(a), a * b, {"h": state["h"]})
-        return self.out((wide(self.gate(x)) * h).to(x.dtype)), after
+        return project(self.out, (wide(project(self.gate, x)) * h).to(x.dtype)), after
 
 
 def as_gated_rnn(query: Tensor, key: Tensor, value: Tensor, out: Tensor | None = None) -> GatedRNN:
