@@ -79,7 +79,7 @@ class WindowAttention(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv = project(self.qkv, x)
-        if x.shape[1] == 1 and steps.worth(x, state["k"], state["v"]):
+        if x.shape[1] == 1 and steps.worth(state["k"], x, state["v"]):
             seen = layer_steps.attention_token(qkv, state["k"], state["v"], state["seen"], self.frequencies)
             return project(self.out, seen.y), {"k": seen.keys, "v": seen.values, "seen": seen.position}
         groups = (self.heads, self.kv_heads, self.kv_heads)

@@ -139,7 +139,7 @@ class GatedDeltaNet(Memory):
     def _steps(self, x: Tensor, state: State) -> bool:
         """Whether a token of this rule is to take the compiled form; a variant with a rule of its own has none."""
         plain = type(self).rule is GatedDeltaNet.rule and (self.exact or type(self).write is GatedDeltaNet.write)
-        return x.shape[1] == 1 and plain and steps.worth(x, state["S"], state["conv"]["tail"])
+        return x.shape[1] == 1 and plain and steps.worth(state["S"], x, state["conv"]["tail"])
 
     def _token(self, x: Tensor, state: State, readout: Readout | None = None) -> tuple[Tensor, State]:
         decay = None if self.decay is None else self.decay.logits(x)

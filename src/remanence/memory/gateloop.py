@@ -65,7 +65,7 @@ class GateLoop(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == self.head_dim == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == self.head_dim == 1 and steps.worth(state["S"], x):
             qkv, gate = project(self.qkv, x), project(self.gate, x)
             y, S = layer_steps.turning_token(qkv, project(self.transition, x), gate, state["S"])
             return project(self.out, y), {"S": S}

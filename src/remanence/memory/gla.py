@@ -50,7 +50,7 @@ class GLA(Memory):
         state = self.begin(x, state)
         qk, v, decay = (project(map_, x) for map_ in (self.qk, self.v, self.decay))
         scale = (self.head_dim // 2) ** -0.5
-        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x):
             how = {"scale": scale, "chosen": decay, "temper": 16.0, "readout": self.readout.plan(x)}
             y, S, _ = layer_steps.outer_token(qk, state["S"], v, **how)
             return project(self.readout.out, y), {"S": S}

@@ -78,7 +78,7 @@ class Griffin(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         mixed = project(self.inward, x)
-        if x.shape[1] == 1 and steps.worth(x, state["h"], state["conv"]["tail"]):
+        if x.shape[1] == 1 and steps.worth(mixed, x, state["h"], state["conv"]["tail"]):
             conv = self.conv.weight, self.conv.bias, state["conv"]["tail"]
             slow, take = ((gate.weight, gate.bias) for gate in (self.decay_gate, self.input_gate))
             y, h, tail = layer_steps.rg_lru_token(mixed, conv, slow, take, self.base, state["empty"], state["h"])

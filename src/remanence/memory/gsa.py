@@ -72,7 +72,7 @@ class GSA(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv, scores = project(self.qkv, x), wide(project(self.gate, x))
-        if x.shape[1] == 1 and steps.worth(x, state["K"], state["V"], state.get("z")):
+        if x.shape[1] == 1 and steps.worth(state["K"], x, state["V"], state.get("z")):
             y, state = layer_steps.slots_token(
                 qkv, scores, state, self.norm.weight, self.norm.eps or 0.0, self.sharpness
             )

@@ -60,7 +60,7 @@ class HGRN2(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qfv = project(self.qfv, x)
-        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x):
             y, S, _ = layer_steps.outer_token(
                 qfv, state["S"], features=steps.SILU, scale=self.head_dim**-0.5,
                 least=least_share(self.lower_bound, self.layer), readout=self.norm.plan(),

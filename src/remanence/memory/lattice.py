@@ -82,7 +82,7 @@ class Lattice(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         encode, how = self.objective == "encode", {"correct": self.objective != "dot", "renormalise": self.renormalise}
-        if x.shape[1] == 1 and steps.worth(x, state["S"], state["conv"]["tail"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x, state["conv"]["tail"]):
             y, S, tail = layer_steps.lattice_token(
                 project(self.qkv, x), project(self.step, x), self.conv.weight, state["conv"]["tail"], state["S"],
                 self.readout.plan(x), by_slot=encode, **how,

@@ -77,7 +77,7 @@ class Liger(SoftmaxWeights):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         plain, near = self.gate == "gla" and self.heads == self.kv_heads, state["window"]
-        if x.shape[1] == 1 and plain and steps.worth(x, state["S"], near["k"], near["v"]):
+        if x.shape[1] == 1 and plain and steps.worth(state["S"], x, near["k"], near["v"]):
             return self._token(self.projected(x), **state)
         # heads of a group have equal memories: one copy is kept
         state = tree_map(lambda t: self.per_query(t) if t.ndim > 1 else t, state)

@@ -58,7 +58,7 @@ class LightNet(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv = project(self.qkv, x)
-        if x.shape[1] == 1 and steps.worth(x, state["S"], state["z"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x, state["z"]):
             how = {"scale": self.head_dim**-0.5, "top": state["z"], "readout": self.norm.plan(project(self.gate, x))}
             y, S, z = layer_steps.outer_token(qkv, state["S"], features=steps.SILU, **how)
             return project(self.out, y), {"S": S, "z": z}

@@ -128,7 +128,7 @@ class LightningAttention(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv = project(self.qkv, x)
-        if x.shape[1] == 1 and not self.lrpe and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and not self.lrpe and steps.worth(state["S"], x):
             y, S, _ = layer_steps.outer_token(
                 qkv, state["S"], features=steps.SILU, value_features=steps.SILU, fixed=-self.slopes,
                 readout=self.norm.plan(project(self.gate, x), torch.sigmoid),

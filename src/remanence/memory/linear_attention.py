@@ -47,7 +47,7 @@ class LinearAttention(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv = project(self.qkv, x)
-        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x):
             y, S, _ = layer_steps.outer_token(qkv, state["S"], features=steps.ELU, mean=1e-6)
             return project(self.out, y), {"S": S}
         q, k, v = qkv.chunk(3, dim=-1)

@@ -82,7 +82,7 @@ class Lizard(SoftmaxWeights):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and steps.worth(x, state["C"], state["n"], state["window"]["k"], state["window"]["v"]):
+        if x.shape[1] == 1 and steps.worth(state["C"], x, state["n"], state["window"]["k"], state["window"]["v"]):
             return self._token(x, state)
         q, k, v = self.project(x)
         k, v = self.per_query(k), self.per_query(v)

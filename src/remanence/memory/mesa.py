@@ -76,7 +76,7 @@ class Mesa(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        if x.shape[1] == 1 and self.steps is not None and steps.worth(x, state["H"], state["G"], state["conv"]["tail"]):
+        if x.shape[1] == 1 and self.steps is not None and steps.worth(state["H"], x, state["G"], state["conv"]["tail"]):
             y, after = layer_steps.least_squares_token(
                 project(self.qk, x), project(self.v, x), project(self.gates, x), self.conv.weight, self.ridge,
                 self.least, state, self.readout.plan(x), self.steps,

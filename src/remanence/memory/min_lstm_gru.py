@@ -47,7 +47,7 @@ class MinGRU(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         z = wide(project(self.inward, x))
-        if x.shape[1] == 1 and steps.worth(x, state["h"]):
+        if x.shape[1] == 1 and steps.worth(z, x, state["h"]):
             h = layer_steps.min_gru(z, self.gates, state["h"])
             return project(self.out, h.unsqueeze(1)), {"h": h}
         if x.shape[1] > 1 and dispatch.compiled(z) and not taps.watched():

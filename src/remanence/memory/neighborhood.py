@@ -63,7 +63,7 @@ class NeighborhoodAttention(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         qkv = project(self.qkv, x)
-        if x.shape[1] == 1 and steps.worth(x, state["k"], state["v"]):
+        if x.shape[1] == 1 and steps.worth(state["k"], x, state["v"]):
             seen = layer_steps.attention_token(
                 qkv, state["k"], state["v"], state["position"], self.frequencies, reach=self.window - 1,
                 stride=self.dilation,

@@ -56,7 +56,7 @@ class RetNet(Memory):
         state = self.begin(x, state)
         qk, v, scale, start = project(self.qk, x), project(self.v, x), self.head_dim**-0.5, state["position"]
         after = {"position": start + x.shape[1]}
-        if x.shape[1] == 1 and steps.worth(x, state["S"]):
+        if x.shape[1] == 1 and steps.worth(state["S"], x):
             y, S, _ = layer_steps.outer_token(
                 qk, state["S"], v, key_scale=scale, fixed=self.log_decay, positions=(start, self.frequencies),
                 readout=self.readout.plan(x),

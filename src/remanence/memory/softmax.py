@@ -108,7 +108,7 @@ class SoftmaxAttention(SoftmaxWeights):
         if (most := int(position.max())) > room:
             raise StateError(f"{type(self).__name__}: a state of {room} tokens cannot be at position {most}.")
         qkv, room_after = self.projected(x), max(room, -(-(most + T) // BLOCK) * BLOCK)
-        if T == 1 and steps.worth(x, state["keys"], state["values"]):
+        if T == 1 and steps.worth(state["keys"], x, state["values"]):
             held = state["keys"], state["values"], position
             seen = layer_steps.attention_token(qkv, *held, self.frequencies, room=room_after)
             after = {"keys": seen.keys, "values": seen.values, "position": seen.position}

@@ -78,7 +78,7 @@ class MLSTM(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         mixed, gates = project(self.qkvo, x), wide(project(self.gates, x))
-        if x.shape[1] == 1 and steps.worth(x, state["C"]):
+        if x.shape[1] == 1 and steps.worth(state["C"], x):
             norm = self.norm.weight, self.norm.bias, self.norm.eps
             y, state = layer_steps.exponential_token(mixed, gates, state, norm, self.cap, self.eps)
             return project(self.out, y), state
