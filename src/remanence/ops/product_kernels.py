@@ -18,8 +18,16 @@ from numba.extending import intrinsic
 from remanence.ops.compiled import gemm as blas
 from remanence.ops.compiled import jit
 
-_HAS = llvm.get_host_cpu_features()
-BYTES = 64 if _HAS.get("avx512f") else 32 if _HAS.get("avx") else 16
+
+def _vector_bytes() -> int:
+    try:
+        has = llvm.get_host_cpu_features()
+    except RuntimeError:  # not every system tells
+        return 16
+    return 64 if has.get("avx512f") else 32 if has.get("avx") else 16
+
+
+BYTES = _vector_bytes()
 """Of a vector register."""
 ROWS = 4 if BYTES == 32 else 8
 """Of a tile that is two vectors wide: its sums, a row of y and a number of x fit into 16 registers, or into 32."""
