@@ -193,11 +193,11 @@ def test_a_convolution_of_one_token_starts_as_the_identity() -> None:
     assert not torch.equal(ShortConv(8, 2)(x)[0], x)
 
 
-@pytest.mark.parametrize("example", [0, 1, 2])
+@pytest.mark.parametrize("example", [0, 1, 2, 3])
 def test_the_examples_of_the_docs_run(example: int) -> None:
     page = Path(__file__).parents[2] / "docs" / "memories.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec(compile(blocks[example], str(page), "exec"), {"__name__": "example"})
 
 

@@ -145,29 +145,6 @@ def read_before_write(
     return y, S
 
 
-def state_space_token(
-    mixed: Tensor,
-    z: Tensor,
-    step: Tensor,
-    bias: Tensor,
-    rate: Tensor,
-    skip: Tensor,
-    groups: int,
-    limit: tuple[float, float],
-    start: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2's recurrence from what a layer projects, read through its skip and gated by SiLU(z).
-
-    Shapes: mixed [B, 1, H·V + 2·groups·K] (values, keys, queries), z and y [B, 1, H·V], step [B, 1, H] (logits),
-    bias, rate (a logarithm) and skip [H], start [B, H, K, V].
-    """
-    B, H, K, V = start.shape
-    y, S = blank(z), blank(start)
-    given = mixed, z, step, bias, rate, skip, start, y, S
-    run(kernels.state_space_token, given, B, H, groups, K, V, float(limit[0]), float(limit[1]))
-    return y, S
-
-
 def softmax_scan(
     score: Tensor, value: Tensor, log_decay: Tensor | None, bonus: Tensor | None, state: State
 ) -> tuple[Tensor, State]:
@@ -211,29 +188,6 @@ def dplr(
     y, S = blank(v), blank(start)
     run(kernels.dplr, (q, k, v, a, b, g, start, y, S), B, H, K, V)
     return y, S
-
-
-def replacement_token(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    rate: Tensor,
-    removal: Tensor,
-    replacement: Tensor,
-    bonus: Tensor,
-    lowest: float,
-    start: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """RWKV-7's recurrence from what a layer projects: y, the token's own answer, both as v, and the next state.
-
-    Shapes: r, k, v and the logits of decay and rate [B, 1, H·K]; removal, replacement and bonus [H·K] in any shape.
-    """
-    B, H, K, _ = start.shape
-    y, own, S = blank(v), blank(v), blank(start)
-    given = r, k, v, decay, rate, removal, replacement, bonus, start, y, own, S
-    run(kernels.replacement_token, given, B, H, K, lowest)
-    return y, own, S
 
 
 def selective_scan(
