@@ -43,9 +43,16 @@ Maps = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def products(memory: Memory) -> Maps:
-    """The layer's matrices that every token meets, each with a vector for it; those of blocks are [blocks, in, out]."""
+    """The layer's matrices that every token meets, each with a vector for it; those of blocks are [blocks, in, out].
+
+    Of complex ones, real and imaginary parts, an axis of two, stand side by side.
+    """
     maps = {id(m.weight): m.weight for m in memory.modules() if isinstance(m, torch.nn.Linear)}
-    maps |= {id(p): p for p in memory.parameters() if p.ndim in (2, 3) and min(p.shape[-2:]) >= 32}
+    for p in memory.parameters():
+        pair = p.ndim == 3 and 2 in p.shape[1:]
+        matrix = p.flatten(0, 1) if pair and p.shape[1] == 2 else p.flatten(1) if pair else p
+        if matrix.ndim in (2, 3) and min(matrix.shape[-2:]) >= 32:
+            maps[id(p)] = matrix
     return [
         (w.detach(), torch.randn(1, w.shape[1]) if w.ndim == 2 else w.new_ones(w.shape[0], 1, w.shape[1]))
         for w in maps.values()

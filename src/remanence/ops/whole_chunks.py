@@ -126,17 +126,14 @@ class _Compiled(torch.autograd.Function):
 
 
 EVERY, SPAN, LONG = 2, 256, 64
-"""Chunks, or tokens if that is more, from one kept state to the next: those between are made again for the gradient.
+"""Chunks from one kept state to the next, or of chunks shorter than LONG, tokens if that is more.
 
-Beside what is kept of a chunk as long as LONG a state is not large: there it is every other, or, where nothing but the
-anchor is read, every one.
+Those between are made again for the gradient; beside what is kept of a long chunk a state is not large.
 """
 
 
 def every(form: Form) -> int:
-    if form.chunk_size < LONG:
-        return max(EVERY, SPAN // form.chunk_size)
-    return 1 if form.read == "anchor" else EVERY
+    return EVERY if form.chunk_size >= LONG else max(EVERY, SPAN // form.chunk_size)
 
 
 def objective_code(objective: Objective) -> tuple[int, float] | None:
