@@ -11,7 +11,7 @@ seconds for one; who takes more than --seconds in all has no figure. *Share* is 
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
 and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
 and its input: activations, what is kept for the gradients, and the gradients themselves. *In pieces*: the same layer
-read by `remanence.memory.in_pieces`, 256 tokens at a time, which takes less memory and longer.
+read by `remanence.memory.in_pieces`, an eighth at a time, which takes less memory and longer.
 
 The layers of transformers are timed as `pip install transformers` leaves them: in the PyTorch form that they have
 for a CPU, which needs no package of kernels. mambapy and the packages of xLSTM and minGRU are not installed for this;
@@ -61,8 +61,8 @@ PAIRS = {
     "torch.nn.GRU": "min-lstm-gru",
 }
 """Each peer, and which of ours does its work."""
-PIECE = 256
-"""Tokens that `in_pieces` reads at a time."""
+PIECES = 8
+"""That `in_pieces` reads a sequence in."""
 SLOW = 10.0
 """Seconds that a pass is expected to take, from which one pass has to do."""
 
@@ -192,8 +192,8 @@ def peak_memory(run: Callable[[], object]) -> tuple[float, float]:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit, time.perf_counter() - start
 
 
-def measure(name: str, batch: int, time_steps: int, piece: int = 0) -> dict[str, float]:
-    """Tokens per second, share of the matrix rate and extra bytes of one layer, read in pieces if they are above 0."""
+def measure(name: str, batch: int, time_steps: int, pieces: int = 1) -> dict[str, float]:
+    """Tokens per second, share of the matrix rate and extra bytes of one layer."""
     from remanence.memory import in_pieces, make
 
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def measure(name: str, batch: int, time_steps: int, piece: int = 0) -> dict[str,
         return min(times)
 
     def once() -> None:
-        y = in_pieces(layer, x, piece=piece)[0] if piece else first(layer(x))
+        y = in_pieces(layer, x, piece=time_steps // pieces)[0] if pieces > 1 else first(layer(x))
         torch.autograd.grad(y, weights, up, allow_unused=True)
 
     def little() -> None:
@@ -236,11 +236,11 @@ def measure(name: str, batch: int, time_steps: int, piece: int = 0) -> dict[str,
     return {"tokens": tokens, "share": flops * tokens / peak, "extra": extra, "peak": peak}
 
 
-def measured(name: str, sizes: list[tuple[int, int]], seconds: float, piece: int = 0) -> list[dict[str, float] | str]:
+def measured(name: str, sizes: list[tuple[int, int]], seconds: float, pieces: int = 1) -> list[dict[str, float] | str]:
     """What `measure` finds at each size, in processes of their own; in words where it finds nothing."""
     cells: list[dict[str, float] | str] = []
     for batch, steps in sizes:
-        command = [sys.executable, __file__, "--one", name, str(batch), str(steps), str(piece)]
+        command = [sys.executable, __file__, "--one", name, str(batch), str(steps), str(pieces)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -295,9 +295,9 @@ def main() -> None:
             theirs = measured(peer, sizes, given.seconds)
             print(f"| **{peer}** | " + " | ".join(map(cell, theirs)) + " | |", flush=True)
             grows = "constant state" in catalogue.find(own, "memory").exempt
-            for piece in (0,) if grows else (0, PIECE):
-                ours = known[own, piece] = known.get((own, piece)) or measured(own, sizes, given.seconds, piece)
-                row = [f"`{own}`" + ", in pieces" * bool(piece), *map(cell, ours), "; ".join(map(ratio, ours, theirs))]
+            for pieces in (1,) if grows else (1, PIECES):
+                ours = known[own, pieces] = known.get((own, pieces)) or measured(own, sizes, given.seconds, pieces)
+                row = [f"`{own}`" + ", in pieces" * (pieces > 1), *map(cell, ours), "; ".join(map(ratio, ours, theirs))]
                 print("| " + " | ".join(row) + " |", flush=True)
         return
     names = [*(given.memory or catalogue.cards("memory")), *torch_peers(), *(peers() if given.peers else [])]
