@@ -18,8 +18,8 @@ def in_pieces(module: nn.Module, x: Tensor, state: State | None = None, *, piece
 
     The gradient is exact and reaches back over all of x: backward goes from the last piece to the first and reads each
     but the last again. So what a pass needs besides input, output and their gradients does not grow with time but for
-    one state per piece, and it takes up to a third longer; less where a piece fits into the cache and the whole does
-    not. Random numbers, as of dropout, are the same in both readings.
+    one state per piece. It takes longer: by a forward pass, and by what smaller products lose. Random numbers, as of
+    dropout, are the same in both readings.
 
     Args:
         module: a memory, a block or a whole model: whatever takes (x, state) and obeys the law of resumption.
