@@ -35,3 +35,12 @@ def test_sparing_memory_changes_nothing(kind, answers, order, monkeypatch):
     spared, plain = (outcome(kind, answers, long, monkeypatch, order) for long in (1, 2**62))
     for got, want in zip(spared, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_sparing_memory_leaves_hooked_modules_to_their_call(monkeypatch):
+    monkeypatch.setattr(ttt, "LONG", 1)
+    memory, called = TTTLinear(16, heads=4), []
+    for module in (memory.qkv, memory.norm, memory.out):
+        module.register_forward_hook(lambda module, *_: called.append(module))
+    memory(torch.randn(1, 5, 16))
+    assert called == [memory.qkv, memory.norm, memory.out]

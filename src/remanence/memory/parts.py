@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks as _for_all
-from torch.nn.modules.module import _global_forward_pre_hooks as _before_all
 
 from remanence import ops
+from remanence.memory.bare import unhooked
 from remanence.ops import steps
 from remanence.ops.layer_steps import Decay, Readout
 from remanence.ops.norm import normalise
@@ -85,7 +84,7 @@ def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[tuple[Tensor, ...
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`; of linear maps without hooks at once, since a module's call costs an eighth of its product."""
-    if not (layer._forward_hooks or layer._forward_pre_hooks or _for_all or _before_all):
+    if unhooked(layer):
         if type(layer) is nn.Linear:
             own = layer._parameters
             return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.catalogue import card
+from remanence.memory.bare import bare
 from remanence.memory.base import Memory
 from remanence.memory.parts import ShortConv, merge, per_head, split, wide
 from remanence.ops.decay import second_order
@@ -136,9 +137,8 @@ class TTTLinear(Memory):
         return joined(y, -1), nets[0] if n == 1 else tree_map(_together, *nets)
 
     def lean(self, x: Tensor, *modules: nn.Module) -> bool:
-        """Whether to be sparing with memory: in training, at length, with the modules that are known here."""
-        plain = all(type(module) in (nn.Linear, nn.LayerNorm) for module in modules)
-        plain = plain and not torch.is_autocast_enabled(x.device.type)
+        """Whether to be sparing with memory: in training, at length, with modules whose call would do no more."""
+        plain = bare(*modules) and not torch.is_autocast_enabled(x.device.type)
         return plain and x.shape[0] * x.shape[1] >= LONG and torch.is_grad_enabled()
 
     def project(self, x: Tensor) -> list[tuple[Tensor, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from remanence.ops.chunk_kernels import dot, fill
 from remanence.ops.compiled import jit
 from remanence.ops.dplr_kernels import read
-from remanence.ops.step_kernels import activate, add, at, convolve, normalise, sigmoid, softplus
+from remanence.ops.step_kernels import activate, add, at, convolve, move, normalise, sigmoid, softplus
 
 
 @jit
@@ -50,18 +50,12 @@ def least_squares_token(
                 diagonal[i] = y.dtype.type(least) + softplus(ridge[h, i])
             keep, take = sigmoid(gate[b, h]), sigmoid(gate[b, H + h])
             for i in range(K):
-                _move(start[b, h, i], keep, take * k[i], k, S[b, h, i])
-                _move(old[b, h, i], keep, take * k[i], v[b, h], new[b, h, i])
+                move(start[b, h, i], keep, take * k[i], k, S[b, h, i])
+                move(old[b, h, i], keep, take * k[i], v[b, h], new[b, h, i])
                 x[i] = q[i] / (S[b, h, i, i] + diagonal[i])
             _solve(S[b, h], diagonal, q, x, steps, rounding, r, p, image)
             read(x, new[b, h], y[b, h])
     normalise(one, ys, weights, 0, opens, ys, B * H, K, 1, False, kind, 1 / K, eps)
-
-
-@jit
-def _move(old, keep, take, x, new):
-    for d in range(new.shape[0]):
-        new[d] = keep * old[d] + take * x[d]
 
 
 @jit

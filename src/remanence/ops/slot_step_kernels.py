@@ -12,7 +12,7 @@ import numpy as np
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit
 from remanence.ops.outer_step_kernels import running
-from remanence.ops.step_kernels import activate, add, at, convolve, lost, normalise, sigmoid, softmax, softplus
+from remanence.ops.step_kernels import activate, add, at, convolve, lost, move, normalise, sigmoid, softmax, softplus
 
 
 @jit
@@ -43,7 +43,7 @@ def slots_token(
                 _chosen(score[b, g], temper, a, w)
             k, v = row[(H + g) * K : (H + g + 1) * K], row[(H + G + g) * K : (H + G + g + 1) * K]
             for i in range(M):
-                _move(old_k[b, g, i], a[i], w[i], k, new_k[b, g, i])
+                move(old_k[b, g, i], a[i], w[i], k, new_k[b, g, i])
                 for s in range(share):
                     place = (g * share + s) * K
                     found[s, i] = dot(new_k[b, g, i], row[place : place + K])
@@ -51,7 +51,7 @@ def slots_token(
                 softmax(found[s])
                 fill(y[b, g * share + s], 0)
             for i in range(M):
-                _move(old_v[b, g, i], a[i], w[i], v, new_v[b, g, i])
+                move(old_v[b, g, i], a[i], w[i], v, new_v[b, g, i])
                 for s in range(share):
                     add(new_v[b, g, i], found[s, i], y[b, g * share + s])
         for h in range(H):
@@ -68,12 +68,6 @@ def _chosen(logits, temper, a, rest):
     lost(a, rest)
     for i in range(a.shape[0]):
         a[i] = decay(a[i])
-
-
-@jit
-def _move(old, keep, take, x, new):
-    for d in range(new.shape[0]):
-        new[d] = keep * old[d] + take * x[d]
 
 
 @jit

@@ -100,6 +100,13 @@ def add(x, scale, out):
 
 
 @jit
+def move(old, keep, take, x, new):
+    """new = keep · old + take · x, of rows."""
+    for d in range(new.shape[0]):
+        new[d] = keep * old[d] + take * x[d]
+
+
+@jit
 def activate(x):
     for d in range(x.shape[0]):
         x[d] = sigmoid_and_silu(x[d])[1]
