@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import per_head, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import EMPTY
@@ -43,7 +44,7 @@ class Aaren(Memory):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head("Aaren", dim, heads)
         self.query = nn.Parameter(torch.randn(heads, self.head_dim) / dim**0.5)
-        self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.key, self.value, self.out = (Linear(dim, dim, bias=False) for _ in range(3))
 
     def initial_state(self, batch: int) -> State:
         u = zeros(self.query, batch, self.heads)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.fast_weight import FastWeightMemory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import ShortConv
 from remanence.ops.omega import omega_delta
 from remanence.state import State
@@ -127,7 +128,7 @@ class OmegaNet(FastWeightMemory):
         self.widths = (heads * K, heads * K, dim)
         self.features = None if degree is None else PolynomialFeatures(K, degree)
         if self.features is not None:
-            self.qkv, self.conv = nn.Linear(dim, sum(self.widths), bias=False), ShortConv(sum(self.widths), conv)
+            self.qkv, self.conv = Linear(dim, sum(self.widths), bias=False), ShortConv(sum(self.widths), conv)
             wider = self.features.features
             for i in range(1 + self.gated):  # the layers that read keys
                 rows = self.start[i].shape[1]

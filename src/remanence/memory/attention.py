@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.rotary import turned_heads
@@ -67,8 +68,8 @@ class WindowAttention(Memory):
         if not 0 <= rotary <= 1 or self.turned % 2:
             given = f"rotary={rotary}, head_dim={self.head_dim}"
             raise ValueError(f"WindowAttention: rotary must be a share in [0, 1] of an even number, got {given}.")
-        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, dim, bias=out_bias)
+        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, dim, bias=out_bias)
         pairs = torch.arange(0, self.turned, 2, dtype=torch.float64) / max(self.turned, 1)
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 

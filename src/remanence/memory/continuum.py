@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.catalogue import card
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm
 
 
@@ -20,8 +21,8 @@ class Perceptron(nn.Module):
         super().__init__()
         hidden = max(1, int(dim * expand))
         self.norm = RMSNorm(dim)
-        self.inner = nn.Linear(dim, hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
+        self.inner = Linear(dim, hidden, bias=False)
+        self.out = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.gelu(self.inner(self.norm(x))))

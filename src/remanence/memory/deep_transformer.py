@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
 from remanence.ops.exponential import deep_exponential, exponential_memory
 from remanence.state import State, check_state
@@ -32,10 +33,10 @@ class _Growing(Memory):
     def __init__(self, dim: int, heads: int, gates: int, conv: int):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head(type(self).__name__, dim, heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv)
         self.length = nn.Parameter(torch.full((heads,), 2.0))
-        self.gates = nn.Linear(dim, gates * heads)
+        self.gates = Linear(dim, gates * heads)
         nn.init.normal_(self.gates.weight, std=0.02)
         self.readout = GatedReadout(dim, heads, self.head_dim)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import RemanenceError, unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
 from remanence.ops.fast_weight import READS, fast_weight, fast_weight_state
 from remanence.ops.inner_network import fast_weight_read
@@ -150,7 +151,7 @@ class FastWeightMemory(Memory):
         self.remake = remake
         self.spread = K if structure == "vector" else 1
         self.widths = (dim, dim, dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv)
         self.start = nn.ParameterList(self._start(structure, K, layers, expand * K))
         self.momenta = OPTIMIZERS[optimizer]
@@ -165,7 +166,7 @@ class FastWeightMemory(Memory):
         starts |= {"window": torch.full((heads * window,), 2.2)} if window > 1 else {}
         starts = {gate: bias.repeat_interleave(K if gate in self.each else 1) for gate, bias in starts.items()}
         self.names, self.sizes = list(starts), [len(bias) for bias in starts.values()]
-        self.gates = LowRank(dim, rank, sum(self.sizes)) if self.each else nn.Linear(dim, sum(self.sizes))
+        self.gates = LowRank(dim, rank, sum(self.sizes)) if self.each else Linear(dim, sum(self.sizes))
         nn.init.normal_(self.gates.weight, std=0.02)
         with torch.no_grad():
             self.gates.bias.copy_(torch.cat(list(starts.values())))
@@ -290,12 +291,12 @@ class FastWeightMemory(Memory):
         )
 
 
-class LowRank(nn.Linear):
+class LowRank(Linear):
     """A linear map through `rank` features."""
 
     def __init__(self, width: int, rank: int, out: int):
         super().__init__(rank, out)
-        self.down = nn.Linear(width, rank, bias=False)
+        self.down = Linear(width, rank, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.down(x))

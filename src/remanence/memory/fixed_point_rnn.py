@@ -12,6 +12,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, wide, zeros
 from remanence.state import State
 
@@ -34,8 +35,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.rank, self.kind, self.most = rank, kind, most
         norm = nn.utils.parametrizations.weight_norm
-        self.u = norm(nn.Linear(2 * width, rank * width, bias=False))
-        self.alpha = norm(nn.Linear(2 * width, rank))
+        self.u = norm(Linear(2 * width, rank * width, bias=False))
+        self.alpha = norm(Linear(2 * width, rank))
 
     def forward(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """(U [..., rank, width], K [..., rank, rank]) from x and h_{t−1}, [..., width]."""
@@ -122,13 +123,13 @@ class FixedPointRNN(Memory):
                 raise unknown(what, name, known)
         self.dim, self.width, self.solver = dim, expand * dim, solver
         self.tolerance, self.iterations = tolerance, iterations
-        self.inward = nn.Linear(dim, 2 * self.width, bias=False)
-        self.decay = nn.Linear(self.width, self.width)
-        self.b = nn.Linear(self.width, self.width, bias=False)
-        self.c = nn.Linear(2 * self.width, self.width, bias=False)
+        self.inward = Linear(dim, 2 * self.width, bias=False)
+        self.decay = Linear(self.width, self.width)
+        self.b = Linear(self.width, self.width, bias=False)
+        self.c = Linear(2 * self.width, self.width, bias=False)
         self.mixer = Mixer(self.width, rank, mixer, most)
         self.norm = RMSNorm(self.width, eps=1e-5)
-        self.out = nn.Linear(self.width, dim, bias=False)
+        self.out = Linear(self.width, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.out.weight, batch, self.width)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import (
     DecayGate,
     FeatureDecay,
@@ -94,10 +95,10 @@ class GatedDeltaNet(Memory):
         self.dim, self.heads, self.value_heads, self.writes = dim, heads, memories, writes
         self.head_dim, self.value_dim, self.most = K, V, 2.0 if negative else 1.0
         self.widths = heads * K, writes * heads * K, writes * memories * V
-        self.q = nn.Linear(dim, self.widths[0], bias=False)
-        self.kv = nn.Linear(dim, sum(self.widths[1:]), bias=False)
+        self.q = Linear(dim, self.widths[0], bias=False)
+        self.kv = Linear(dim, sum(self.widths[1:]), bias=False)
         self.conv = ShortConv(sum(self.widths), conv)
-        self.beta = nn.Linear(dim, writes * memories, bias=False)
+        self.beta = Linear(dim, writes * memories, bias=False)
         self.decay: DecayGate | FeatureDecay | None = DecayGate(dim, memories) if decay else None
         self.readout = GatedReadout(dim, memories, V, eps=eps, activation=F.silu if gate else None)
 

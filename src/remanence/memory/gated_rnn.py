@@ -11,6 +11,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import ShapeError
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import project, wide, zeros
 from remanence.state import State
 
@@ -44,9 +45,9 @@ class GatedRNN(Memory):
         self.dim, self.width = dim, dim if width is None else width
         if self.width < 1:
             raise ValueError(f"GatedRNN: width must be at least 1, got {width}.")
-        self.inward = nn.Linear(dim, 2 * self.width, bias=False)
-        self.gate = nn.Linear(dim, self.width, bias=False)
-        self.out = nn.Linear(self.width, dim, bias=False)
+        self.inward = Linear(dim, 2 * self.width, bias=False)
+        self.gate = Linear(dim, self.width, bias=False)
+        self.out = Linear(self.width, dim, bias=False)
         reach = torch.empty(self.width).uniform_(math.log(2), math.log(1000)).exp()
         self.root = nn.Parameter(reach.rsqrt())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.complex_scan import complex_scan
@@ -47,10 +48,10 @@ class GateLoop(Memory):
         super().__init__()
         self.dim, self.heads, self.gate_gradient = dim, heads or dim, gate_gradient
         self.head_dim = per_head("GateLoop", dim, self.heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.transition = nn.Linear(dim, 2 * dim)
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.transition = Linear(dim, 2 * dim)
+        self.gate = Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"S": zeros(self.out.weight, batch, self.heads, 2 * self.head_dim, self.head_dim)}

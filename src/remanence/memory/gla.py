@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -38,9 +39,9 @@ class GLA(Memory):
     def __init__(self, dim: int, *, heads: int = 4, rank: int = 16):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head("GLA", dim, heads, multiple=2)
-        self.qk = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.decay = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim // 2))
+        self.qk = Linear(dim, dim, bias=False)
+        self.v = Linear(dim, dim, bias=False)
+        self.decay = nn.Sequential(Linear(dim, rank, bias=False), Linear(rank, dim // 2))
         self.readout = GatedReadout(dim, heads, self.head_dim)
 
     def initial_state(self, batch: int) -> State:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import ShortConv, per_head, project, wide, zeros
 from remanence.ops import dispatch, layer_steps, steps, taps
 from remanence.ops.rg_lru import by_scan, rg_lru
@@ -63,13 +64,13 @@ class Griffin(Memory):
         super().__init__()
         self.dim, self.width = dim, width or dim
         per_head("Griffin", self.width, heads)
-        self.inward = nn.Linear(dim, 2 * self.width)
+        self.inward = Linear(dim, 2 * self.width)
         self.conv = ShortConv(self.width, conv, bias=True)
         self.input_gate = BlockLinear(self.width, heads)
         self.decay_gate = BlockLinear(self.width, heads)
         radius = torch.empty(self.width).uniform_(0.9**2, 0.999**2).sqrt()
         self.base = nn.Parameter((1 / radius - 1).log())  # exp(-softplus(base)) = radius
-        self.out = nn.Linear(self.width, dim)
+        self.out = Linear(self.width, dim)
 
     def initial_state(self, batch: int) -> State:
         h = zeros(self.base, batch, self.width)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.lightnet import running_logsumexp
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import EMPTY
@@ -55,10 +56,10 @@ class GSA(Memory):
         if heads % self.kv_heads:
             raise ValueError(f"{type(self).__name__}: kv_heads must divide heads={heads}, got {kv_heads}.")
         self.widths = (dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
-        self.gate = nn.Linear(dim, self.kv_heads * slots, bias=False)
+        self.qkv = Linear(dim, sum(self.widths), bias=False)
+        self.gate = Linear(dim, self.kv_heads * slots, bias=False)
         self.norm = RMSNorm(dim, eps=1e-5)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         K = zeros(self.out.weight, batch, self.kv_heads, self.slots, self.head_dim)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, project, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -79,11 +80,11 @@ class HGRN(Memory):
         super().__init__()
         check_bound("HGRN", lower_bound)
         self.dim, self.lower_bound, self.layer = dim, lower_bound, layer
-        self.forget = nn.Linear(dim, dim)
-        self.candidate = nn.Linear(dim, dim, bias=False)
+        self.forget = Linear(dim, dim)
+        self.candidate = Linear(dim, dim, bias=False)
         self.norm = RMSNorm(dim, eps=1e-5)
-        self.gate = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.gate = Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.out.weight, batch, self.dim)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.hgrn import LowerBounds, bounded_decay, check_bound, least_share
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -46,9 +47,9 @@ class HGRN2(Memory):
         check_bound("HGRN2", lower_bound)
         self.dim, self.heads, self.lower_bound, self.layer = dim, heads, lower_bound, layer
         self.head_dim = per_head("HGRN2", dim, heads)
-        self.qfv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qfv = Linear(dim, 3 * dim, bias=False)
         self.norm = RMSNorm(dim, eps=1e-5)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"S": zeros(self.out.weight, batch, self.heads, self.head_dim, self.head_dim)}

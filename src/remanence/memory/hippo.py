@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import wide, zeros
 from remanence.ops import steps
 from remanence.ops.hippo import hippo_matrices, legs_transitions, projected_cell, projected_token
@@ -64,10 +65,10 @@ class HiPPO(Memory):
         joint = torch.linalg.matrix_exp(torch.cat([torch.cat([A, B[:, None]], 1) / window, A.new_zeros(1, order + 1)]))
         # of `legt`; constants, not buffers: `.float()` would round them
         self.fixed = joint[:-1, :-1].contiguous(), joint[:-1, -1].contiguous()
-        self.read = nn.Linear(self.hidden + channels * order, 2 * self.hidden, bias=False)
-        self.input = nn.Linear(dim, 2 * self.hidden)
-        self.write = nn.Linear(self.hidden, channels)
-        self.out = nn.Linear(self.hidden, dim)
+        self.read = Linear(self.hidden + channels * order, 2 * self.hidden, bias=False)
+        self.input = Linear(dim, 2 * self.hidden)
+        self.write = Linear(self.hidden, channels)
+        self.out = Linear(self.hidden, dim)
 
     def initial_state(self, batch: int) -> State:
         h = zeros(self.write.weight, batch, self.hidden)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, split, zeros
 from remanence.ops import steps
 from remanence.ops.recurrence_steps import taylor
@@ -90,10 +91,10 @@ class PrefixLinearAttention(Memory):
             raise ValueError(f"PrefixLinearAttention: prefix must be at least 0 and features 1, got {given}.")
         self.dim, self.heads, self.features, self.prefix = dim, heads, features, prefix
         self.head_dim = per_head("PrefixLinearAttention", dim, heads)
-        self.qk = nn.Linear(dim, 2 * heads * features, bias=False)
-        self.prefix_k = nn.Linear(dim, heads * features, bias=False)
-        self.v, self.prefix_v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qk = Linear(dim, 2 * heads * features, bias=False)
+        self.prefix_k = Linear(dim, heads * features, bias=False)
+        self.v, self.prefix_v = (Linear(dim, dim, bias=False) for _ in range(2))
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         width = 1 + self.features + self.features * (self.features + 1) // 2

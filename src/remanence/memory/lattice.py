@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.lattice import lattice
@@ -69,9 +70,9 @@ class Lattice(Memory):
         self.dim, self.heads, self.objective, self.renormalise = dim, heads, objective, renormalise
         K, V = (width, slots) if objective == "encode" else (slots, width)
         self.widths = heads * K, heads * K, heads * V
-        self.qkv = nn.Linear(dim, sum(self.widths), bias=False)
+        self.qkv = Linear(dim, sum(self.widths), bias=False)
         self.conv = ShortConv(sum(self.widths), conv)
-        self.step = nn.Linear(dim, heads)
+        self.step = Linear(dim, heads)
         self.slots = nn.Parameter(F.normalize(torch.randn(heads, slots, width), dim=-1))
         self.readout = GatedReadout(dim, heads, V)
 

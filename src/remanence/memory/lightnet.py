@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -46,10 +47,10 @@ class LightNet(Memory):
     def __init__(self, dim: int, *, heads: int = 4, gate_rank: int = 128):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head("LightNet", dim, heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.gate = nn.Sequential(nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, dim, bias=False))
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.gate = nn.Sequential(Linear(dim, gate_rank, bias=False), Linear(gate_rank, dim, bias=False))
         self.norm = RMSNorm(dim, eps=1e-5)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         S = zeros(self.out.weight, batch, self.heads, self.head_dim, self.head_dim)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -111,12 +112,12 @@ class LightningAttention(Memory):
             if self.slopes.shape != (heads,) or not (self.slopes >= 0).all():
                 raise ValueError(f"LightningAttention: slopes must be {heads} numbers of at least 0, got {slopes}.")
         inner = heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.qkv = Linear(dim, 3 * inner, bias=False)
         rank = self.head_dim if gate_rank is None else gate_rank
-        low_rank = [nn.Linear(dim, rank, bias=False), nn.Linear(rank, inner, bias=False)] if rank else []
-        self.gate = nn.Sequential(*(low_rank or [nn.Linear(dim, inner, bias=False)]))
+        low_rank = [Linear(dim, rank, bias=False), Linear(rank, inner, bias=False)] if rank else []
+        self.gate = nn.Sequential(*(low_rank or [Linear(dim, inner, bias=False)]))
         self.norm = RMSNorm(inner, eps=1e-6, elementwise_affine=affine)
-        self.out = nn.Linear(inner, dim, bias=False)
+        self.out = Linear(inner, dim, bias=False)
         if lrpe:
             self.frequencies = nn.Parameter(10000 ** (-2 / inner * torch.arange(inner)).view(heads, 1, -1))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, project, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -38,8 +39,8 @@ class LinearAttention(Memory):
     def __init__(self, dim: int, *, heads: int = 4):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head("LinearAttention", dim, heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"S": zeros(self.out.weight, batch, self.heads, self.head_dim, self.head_dim + 1)}

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, project, rotate, wide, zeros
 from remanence.memory.softmax import SoftmaxWeights
 from remanence.ops import layer_steps, steps
@@ -69,7 +70,7 @@ class Lizard(SoftmaxWeights):
             nn.Parameter(scale * torch.randn(heads, self.head_dim, features // 2) * self.head_dim**-0.5)
             for _ in range(2)
         )
-        self.forget = nn.Linear(dim, heads)
+        self.forget = Linear(dim, heads)
         nn.init.constant_(self.forget.bias, 4.0)  # forgets 2% per token, until taught otherwise
         self.meta = nn.Parameter(torch.randn(2, 1, heads, meta, self.head_dim) * self.head_dim**-0.5)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import Derived, wide, zeros
 from remanence.memory.reparameterise import decay, decay_weight
 from remanence.ops import steps
@@ -82,7 +83,7 @@ class LRU(Memory):
         self.B = nn.Parameter(torch.randn(N, 2, dim) / math.sqrt(2 * dim))
         self.C = nn.Parameter(torch.randn(dim, N, 2) / math.sqrt(N))
         self.D = nn.Parameter(torch.randn(dim))
-        self.out = nn.Linear(dim, 2 * dim)
+        self.out = Linear(dim, 2 * dim)
         self.system = Derived(self.modes)
 
     def modes(self, nu: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import Derived, wide, zeros
 from remanence.ops.dense_ssm import dense_ssm, inverses, krylov, squarings
 from remanence.ops.hippo import hippo_matrices
@@ -60,7 +61,7 @@ class LSSL(Memory):
         self.A, self.B, self.log_step = (nn.Parameter(p, requires_grad=trainable) for p in (A, B, log_step))
         self.C = nn.Parameter(torch.randn(dim, outputs, order) / math.sqrt(order))
         self.D = nn.Parameter(torch.randn(dim, outputs))
-        self.out = nn.Linear(dim * outputs, dim)
+        self.out = Linear(dim * outputs, dim)
         self.discrete = Derived(bilinear)
 
     def initial_state(self, batch: int) -> State:

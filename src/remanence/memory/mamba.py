@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.bare import bare
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import Derived, ShortConv, wide, zeros
 from remanence.ops import steps
 from remanence.ops.selective_scan import selective_scan, selective_token
@@ -77,12 +78,12 @@ class Mamba(Memory):
                 f"{type(self).__name__}: dim, width, states and rank must be at least 1, "
                 f"got {dim}, {self.width}, {states}, {self.rank}."
             )
-        self.in_proj = nn.Linear(dim, 2 * self.width, bias=bias)
+        self.in_proj = Linear(dim, 2 * self.width, bias=bias)
         self.conv = ShortConv(self.width, conv, bias=conv_bias)
-        self.x_proj = nn.Linear(self.width, self.rank + 2 * states, bias=False)
-        self.dt_proj = nn.Linear(self.rank, self.width)
+        self.x_proj = Linear(self.width, self.rank + 2 * states, bias=False)
+        self.dt_proj = Linear(self.rank, self.width)
         self.D = nn.Parameter(torch.ones(self.width))
-        self.out_proj = nn.Linear(self.width, dim, bias=bias)
+        self.out_proj = Linear(self.width, dim, bias=bias)
         self._init_decay()
 
     def _init_decay(self) -> None:

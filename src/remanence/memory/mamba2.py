@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import ShortConv, merge, split, wide, zeros
 from remanence.ops import steps
 from remanence.ops.norm import normalise
@@ -81,7 +82,7 @@ class Mamba2(Memory):
             )
         self.dim, self.heads, self.groups, self.step_limit = dim, heads, groups, step_limit
         self.widths = (inner, groups * state_size, groups * state_size)
-        self.inward = nn.Linear(dim, inner + sum(self.widths) + heads, bias=bias)
+        self.inward = Linear(dim, inner + sum(self.widths) + heads, bias=bias)
         self.conv = ShortConv(sum(self.widths), conv, bias=conv_bias)
         self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -89,7 +90,7 @@ class Mamba2(Memory):
         self.skip = nn.Parameter(torch.ones(heads))
         self.norm_groups, self.eps = norm_groups, eps
         self.scale = nn.Parameter(torch.ones(inner))
-        self.out = nn.Linear(inner, dim, bias=bias)
+        self.out = Linear(inner, dim, bias=bias)
 
     def initial_state(self, batch: int) -> State:
         inner, keys, _ = self.widths

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import catalogue
 from remanence.catalogue import card
 from remanence.errors import StateError, expect, unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import wide, zeros
 from remanence.ops.inner_network import fast_weight_read
 from remanence.ops.phases import piece_sizes
@@ -129,7 +130,7 @@ class MemoryCaching(Memory):
             raise ValueError(f"MemoryCaching: the memory must have width {dim}, got {self.memory.dim}.")
         self.dim, self.variant, self.segment = dim, variant, segment
         self.independent, self.top, self.max_segments = independent, top, max_segments
-        self.score = nn.Linear(dim, dim, bias=False)
+        self.score = Linear(dim, dim, bias=False)
         self.kept_form, self.by_query = self._probe()
         if variant == "soup" and not self.by_query:
             raise ValueError(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.least_squares import least_squares
@@ -62,10 +63,10 @@ class Mesa(Memory):
         if not ridge > 0 or (steps is not None and steps < 1):
             raise ValueError(f"Mesa: ridge must be > 0 and steps at least 1 or None, got {ridge} and {steps}.")
         self.dim, self.heads, self.head_dim, self.least, self.steps = dim, heads, K, ridge, steps
-        self.qk = nn.Linear(dim, 2 * heads * K, bias=False)
-        self.v = nn.Linear(dim, heads * K, bias=False)
+        self.qk = Linear(dim, 2 * heads * K, bias=False)
+        self.v = Linear(dim, heads * K, bias=False)
         self.conv = ShortConv(2 * heads * K, conv)
-        self.gates = nn.Linear(dim, 2 * heads)
+        self.gates = Linear(dim, 2 * heads)
         above = max(1 - ridge, 0.01)
         self.ridge = nn.Parameter(torch.full((heads, K), math.log(math.expm1(above))))
         self.readout = GatedReadout(dim, heads, K, eps=eps, activation=F.silu if gate else None)

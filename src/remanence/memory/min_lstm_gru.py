@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import project, wide, zeros
 from remanence.ops import dispatch, layer_steps, min_cell, steps, taps
 from remanence.ops.min_cell import positive
@@ -34,8 +35,8 @@ class MinGRU(Memory):
         if int(expand * dim) < 1:
             raise ValueError(f"{type(self).__name__}: expand·dim must be at least 1, got {expand}·{dim}.")
         self.dim, self.width, self.start = dim, int(expand * dim), start
-        self.inward = nn.Linear(dim, (self.gates + 1) * self.width)
-        self.out = nn.Linear(self.width, dim, bias=False)
+        self.inward = Linear(dim, (self.gates + 1) * self.width)
+        self.out = Linear(self.width, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"h": zeros(self.out.weight, batch, self.width) + self.start}

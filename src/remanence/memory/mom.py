@@ -15,6 +15,7 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.gated_deltanet import GatedDeltaNet
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, split, wide
 from remanence.state import State, concat, select
 
@@ -68,7 +69,7 @@ class MoM(Memory):
         make = memory if callable(memory) else partial(catalogue.find(memory, "memory").make, **arguments)
         members: list[Memory] = [make(dim) for _ in range(memories + shared)]
         self.dim, self.top, self.count = dim, top, memories
-        self.router = nn.Linear(dim, memories, bias=False)
+        self.router = Linear(dim, memories, bias=False)
         self.readout: nn.Module | None = None
         if isinstance(members[0], GatedDeltaNet):
             tied = ("q", "conv", "decay.rate", "decay.bias") if tied is None else tied

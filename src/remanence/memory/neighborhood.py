@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, project, rotate, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -51,8 +52,8 @@ class NeighborhoodAttention(Memory):
             )
         self.dim, self.heads, self.window, self.dilation = dim, heads, window, dilation
         self.head_dim = per_head("NeighborhoodAttention", dim, heads, multiple=2)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 

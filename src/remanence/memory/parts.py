@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from remanence import ops
 from remanence.memory.bare import unhooked
+from remanence.memory.linear import Linear
 from remanence.ops import steps
 from remanence.ops.layer_steps import Decay, Readout
 from remanence.ops.norm import normalise
@@ -85,7 +86,7 @@ def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[tuple[Tensor, ...
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`; of linear maps without hooks at once, since a module's call costs an eighth of its product."""
     if unhooked(layer):
-        if type(layer) is nn.Linear:
+        if type(layer) in (nn.Linear, Linear):
             own = layer._parameters
             return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
         if type(layer) is nn.Sequential:
@@ -176,7 +177,7 @@ class DecayGate(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.step = nn.Linear(dim, heads, bias=False)
+        self.step = Linear(dim, heads, bias=False)
         self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
@@ -201,7 +202,7 @@ class FeatureDecay(nn.Module):
         if bound is not None and not bound < 0:
             raise ValueError(f"FeatureDecay: bound must be a log decay below 0, got {bound}.")
         self.heads, self.bound = heads, bound
-        self.step = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, heads * features, bias=False))
+        self.step = nn.Sequential(Linear(dim, rank, bias=False), Linear(rank, heads * features, bias=False))
         self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log() if bound is None else torch.zeros(heads))
         step = torch.empty(heads * features).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
@@ -244,10 +245,10 @@ class GatedReadout(nn.Module):
         self.activation, self.eps = activation, eps
         self.gate: nn.Module | None = None
         if activation is not None and rank is None:
-            self.gate = nn.Linear(dim, width, bias=False)
+            self.gate = Linear(dim, width, bias=False)
         elif activation is not None and rank is not None:
-            self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, width))
-        self.out = nn.Linear(width, dim, bias=False)
+            self.gate = nn.Sequential(Linear(dim, rank, bias=False), Linear(rank, width))
+        self.out = Linear(width, dim, bias=False)
 
     def plan(self, x: Tensor) -> Readout:
         """The same up to the projection, for the compiled steps, which know the gates in `ACTIVATIONS`."""

@@ -12,6 +12,7 @@ from remanence.errors import unknown
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.griffin import Griffin
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm
 from remanence.state import State
 
@@ -32,8 +33,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.inward = nn.Linear(dim, 2 * hidden)
-        self.out = nn.Linear(hidden, dim)
+        self.inward = Linear(dim, 2 * hidden)
+        self.out = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.inward(x).chunk(2, dim=-1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remanence import catalogue
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import per_head, wide, zeros
 from remanence.state import State
 
@@ -70,8 +71,8 @@ class Resona(Memory):
             raise ValueError(f"Resona: the memory must have width {dim}, got {self.memory.dim}.")
         self.dim, self.chunk, self.top, self.budget, self.heads = dim, chunk, top, budget, heads
         per_head("Resona", dim, heads)
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.gate = nn.Linear(dim, dim)
+        self.query, self.key, self.value, self.out = (Linear(dim, dim, bias=False) for _ in range(4))
+        self.gate = Linear(dim, dim)
         nn.init.constant_(self.gate.bias, -4.0)
 
     def initial_state(self, batch: int) -> State:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, per_head, project, rotate, split, zeros
 from remanence.ops import layer_steps, steps
 from remanence.state import State
@@ -38,8 +39,8 @@ class RetNet(Memory):
     def __init__(self, dim: int, *, heads: int = 4):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, per_head("RetNet", dim, heads, multiple=2)
-        self.qk = nn.Linear(dim, 2 * dim, bias=False)
-        self.v = nn.Linear(dim, 2 * dim, bias=False)
+        self.qk = Linear(dim, 2 * dim, bias=False)
+        self.v = Linear(dim, 2 * dim, bias=False)
         self.readout = GatedReadout(dim, heads, 2 * self.head_dim, affine=False)
         for weight in self.parameters():
             if weight.ndim == 2:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import token_shift, wide, zeros
 from remanence.ops import steps
 from remanence.ops.expgate import EMPTY
@@ -65,8 +66,8 @@ class RWKV(Memory):
         depth, ramp = _depth("RWKV", layer, layers), torch.arange(dim) / dim
         slow, fast = ramp ** (1 - layer / layers), ramp ** (0.5 * (1 - layer / layers))
         self.shift = TokenShift(torch.stack([slow, slow + 0.3 * depth, fast]))  # of key, value and receptance
-        self.key, self.value, self.receptance = (nn.Linear(dim, self.width, bias=False) for _ in range(3))
-        self.out = nn.Linear(self.width, dim, bias=False)
+        self.key, self.value, self.receptance = (Linear(dim, self.width, bias=False) for _ in range(3))
+        self.out = Linear(self.width, dim, bias=False)
         channel = torch.arange(self.width)
         self.decay = nn.Parameter(-5 + 8 * (channel / max(self.width - 1, 1)) ** (0.7 + 1.3 * depth))
         self.bonus = nn.Parameter(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1.0))
@@ -114,9 +115,9 @@ class ChannelMix(Memory):
         self.dim, hidden = dim, hidden or 4 * dim
         _depth("ChannelMix", layer, layers)
         self.shift = TokenShift((torch.arange(dim) / dim).pow(1 - layer / layers).expand(2, dim).clone())
-        self.key = nn.Linear(dim, hidden, bias=False)
-        self.receptance = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(hidden, dim, bias=False)
+        self.key = Linear(dim, hidden, bias=False)
+        self.receptance = Linear(dim, dim, bias=False)
+        self.value = Linear(hidden, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         return {"shift": zeros(self.value.weight, batch, self.dim)}

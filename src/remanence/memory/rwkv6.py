@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import HeadNorm, merge, per_head, split, token_shift, wide, zeros
 from remanence.ops import steps
 from remanence.ops.recurrence_steps import rwkv6, rwkv6_blends
@@ -71,7 +72,7 @@ class RWKV6(Memory):
         self.decay_up = nn.Parameter(torch.empty(decay_rank, dim).uniform_(-0.01, 0.01))
         zigzag = 0.1 * ((torch.arange(dim) + 1) % 3 - 1)
         self.bonus = nn.Parameter((depth * (1 - channel) + zigzag).view(heads, 1, -1))
-        self.key, self.value, self.receptance, self.gate, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(5))
+        self.key, self.value, self.receptance, self.gate, self.out = (Linear(dim, dim, bias=False) for _ in range(5))
         self.norm = HeadNorm(heads, dim, eps=eps)
 
     def initial_state(self, batch: int) -> State:

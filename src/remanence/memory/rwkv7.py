@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from remanence.catalogue import card
 from remanence.memory.bare import bare, transparent
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import HeadNorm, l2_norm, merge, split, token_shift, wide, zeros
 from remanence.ops import steps
 from remanence.ops.dplr import dplr
@@ -27,7 +28,7 @@ class LowRank(nn.Module):
 
     def __init__(self, dim: int, rank: int, bias: Tensor | None, inner: Callable[[Tensor], Tensor] | None = None):
         super().__init__()
-        self.down, self.up = nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=bias is not None)
+        self.down, self.up = Linear(dim, rank, bias=False), Linear(rank, dim, bias=bias is not None)
         self.inner = inner
         nn.init.zeros_(self.down.weight)
         nn.init.orthogonal_(self.up.weight, gain=0.1)
@@ -91,7 +92,7 @@ class RWKV7(Memory):
 
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])[:, None] * rest  # of r, w, k, v, a, g
         self.mix = nn.Parameter(1 - (torch.arange(dim) / dim) ** powers)
-        self.r, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.r, self.k, self.v, self.out = (Linear(dim, dim, bias=False) for _ in range(4))
         self.decay = LowRank(dim, ranks(2.5), 6 * place ** (1 + depth**0.3) - 5.5 + 2.5 * zigzag, torch.tanh)
         self.rate = LowRank(dim, ranks(2.5), 0.3 * zigzag + 0.4 * centred - 0.19)
         self.value_mix = LowRank(dim, ranks(1.7), 0.73 - 0.4 * centred) if layer else None

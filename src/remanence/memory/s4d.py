@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import Derived, wide, zeros
 from remanence.memory.reparameterise import rate, rate_weight
 from remanence.memory.s5 import hold, normal_hippo
@@ -69,7 +70,7 @@ class S4D(Memory):
         self.log_step = nn.Parameter(torch.empty(dim, 1).uniform_(math.log(1e-3), math.log(1e-1)))
         self.C = nn.Parameter(torch.randn(dim, states // 2, 2) / math.sqrt(2))
         self.D = nn.Parameter(torch.randn(dim))
-        self.out = nn.Linear(dim, 2 * dim)
+        self.out = Linear(dim, 2 * dim)
         self.system = Derived(self.modes)
 
     def kernel(self) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import expect
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.lru import through_modes
 from remanence.memory.parts import Derived, per_head, wide, zeros
 from remanence.memory.reparameterise import rate, rate_weight
@@ -82,7 +83,7 @@ class S5(Memory):
         self.B = nn.Parameter(torch.view_as_real(V.mH @ B.to(V.dtype)).mT.float().contiguous())
         self.C = nn.Parameter(torch.view_as_real(C @ V).float())
         self.D = nn.Parameter(torch.randn(dim))
-        self.gate = nn.Linear(dim, dim)
+        self.gate = Linear(dim, dim)
         self.system = Derived(self.modes)
 
     def modes(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import wide, zeros
 from remanence.ops import steps
 from remanence.ops.complex_scan import chosen_token, complex_scan
@@ -54,11 +55,11 @@ class S7(Memory):
             raise ValueError(f"S7: dim, states and rank must be at least 1, got {dim}, {states}, {rank}.")
         self.dim, self.states, self.rank = dim, states, rank
         self.Lambda = nn.Parameter(-4.0 - torch.arange(states))
-        self.steer = nn.Linear(dim, 2 * states + dim, bias=False)
-        self.codes = nn.Linear(dim, 2 * rank, bias=False)
-        self.B = nn.Linear(dim, rank * states, bias=False)
-        self.C = nn.Linear(rank * states, dim, bias=False)
-        self.gate = nn.Linear(dim, dim, bias=False)
+        self.steer = Linear(dim, 2 * states + dim, bias=False)
+        self.codes = Linear(dim, 2 * rank, bias=False)
+        self.B = Linear(dim, rank * states, bias=False)
+        self.C = Linear(rank * states, dim, bias=False)
+        self.gate = Linear(dim, dim, bias=False)
         nn.init.normal_(self.steer.weight, std=0.02)
         nn.init.normal_(self.codes.weight, std=dim**-0.5)
         for low in (self.B, self.C):  # so that B_t and C_t start as if their maps were full, with deviation 0.02

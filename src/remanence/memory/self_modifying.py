@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide
 from remanence.ops.delta_network import delta_network
 from remanence.ops.fast_weight import fast_weight_state
@@ -85,7 +86,7 @@ class SelfModifyingTitans(Memory):
         self.dim, self.heads, self.scale = dim, heads, scale
         self.clocks = {"memory": chunk_size, "makers": maker_chunk_size, "gates": maker_chunk_size}
         self.conv = ShortConv(dim, conv)
-        self.query = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim, bias=False)
         self.start = nn.ModuleDict()
         for name, networks in GROUPS.items():
             hidden, out = expand * K, 1 if name == "gates" else K

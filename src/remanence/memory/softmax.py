@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.dispatch import compiled
@@ -32,8 +33,8 @@ class SoftmaxWeights(Memory):
         self.head_dim = per_head(name, dim, heads, multiple=2)
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"{name}: kv_heads must divide heads, got kv_heads={kv_heads}, heads={heads}.")
-        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         self.frequencies = base**-pairs  # not a buffer: `.float()` would round it
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import wide, zeros
 from remanence.ops.chunk_attention import chunk_attention
 from remanence.ops.dense_ssm import dense_ssm
@@ -128,9 +129,9 @@ class TCNCA(Memory):
             raise unknown("move", move, MOVES)
         self.dim, self.widths = dim, (dim, K, V, dim)
         self.move = MOVES[move](dim, **arguments)
-        self.value = nn.Linear(dim, V)
-        self.mixed = nn.Linear(dim, sum(self.widths))
-        self.attended = nn.Linear(V, dim)
+        self.value = Linear(dim, V)
+        self.mixed = Linear(dim, sum(self.widths))
+        self.attended = Linear(V, dim)
         self.gamma = nn.Parameter(0.02 * torch.randn(2, K))
         self.beta = nn.Parameter(torch.zeros(2, K))
         self.bias = nn.Parameter(0.02 * torch.randn(chunk))

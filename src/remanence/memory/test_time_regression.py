@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
 from remanence.ops.least_squares import (
     ORDERS,
@@ -87,8 +88,8 @@ class Regression(Memory):
         K = per_head("Regression", dim, heads)
         self.dim, self.heads, self.head_dim = dim, heads, K
         self.weights, self.order, self.window = weights, order, window
-        self.qk = nn.Linear(dim, 2 * dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
+        self.qk = Linear(dim, 2 * dim, bias=False)
+        self.v = Linear(dim, dim, bias=False)
         self.conv = ShortConv(2 * dim, conv)
         self.ridge = None if order == "constant" else nn.Parameter(torch.full((heads,), math.log(ridge)))
         self.bandwidth = nn.Parameter(torch.full((heads,), math.log(bandwidth))) if weights == "kernel" else None

@@ -15,6 +15,7 @@ from remanence.memory.atlas import OmegaDelta, OmegaNet
 from remanence.memory.attention import WindowAttention
 from remanence.memory.base import Memory
 from remanence.memory.fast_weight import FastWeightMemory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, rotate, split, zeros
 from remanence.ops.phases import by_phase, piece_sizes
 from remanence.state import State, check_state, tree_map
@@ -87,8 +88,8 @@ class _Attention(nn.Module):
     def __init__(self, where: str, dim: int, heads: int):
         super().__init__()
         self.heads, self.turned = heads, per_head(where, dim, heads, multiple=4) // 2
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         self.frequencies = 10000.0 ** -(torch.arange(0, self.turned, 2, dtype=torch.float64) / self.turned)
 
     def turn(self, x: Tensor, start: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class TitansMAC(Memory):
         self.persistent = nn.Parameter(torch.randn(persistent, dim))
         self.memory = _network("TitansMAC", inner, dim, segment, heads=heads, **memory)
         keys = self.memory.widths[0] if isinstance(self.memory, OmegaNet) else dim
-        self.query = nn.Linear(dim, keys, bias=False)
+        self.query = Linear(dim, keys, bias=False)
         self.recalled = RMSNorm(dim, eps=1e-5)
         self.attention = _Attention("TitansMAC", dim, heads)
         self.blend = _Blend(dim)

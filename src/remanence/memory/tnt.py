@@ -12,6 +12,7 @@ from remanence import ops
 from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, zeros
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
 from remanence.ops.phases import by_phase
@@ -85,14 +86,14 @@ class TNT(Memory):
             raise unknown("projection", projection, PROJECTIONS)
         self.dim, self.heads, self.max_step, self.projection = dim, heads, max_step, projection
         self.global_chunk, self.local_chunks, self.shard = global_chunk, tuple(local_chunks), shard
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv)
         widths = [K] + [expand * K] * (layers - 1) + [K]
         self.starts = nn.ModuleList(
             nn.ParameterList(torch.randn(heads, after, before) * before**-0.5 for before, after in pairwise(widths))
             for _ in range(1 + len(self.local_chunks))
         )
-        self.step = nn.Linear(dim, len(self.starts) * heads)
+        self.step = Linear(dim, len(self.starts) * heads)
         nn.init.normal_(self.step.weight, std=0.02)
         nn.init.zeros_(self.step.bias)
         self.readout = GatedReadout(dim, heads, K)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.bare import bare
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import ShortConv, merge, per_head, split, wide
 from remanence.ops.decay import second_order
 from remanence.ops.phases import joined
@@ -77,9 +78,9 @@ class TTTLinear(Memory):
             raise ValueError(f"{name}: layers, expand and chunk_size must be at least 1, conv at least 0, got {given}.")
         self.dim, self.heads, self.head_dim, self.chunk_size, self.base = dim, heads, K, chunk_size, base
         self.checkpoint = checkpoint
-        self.qkv = nn.Linear(dim, (2 if conv else 3) * dim, bias=False)
+        self.qkv = Linear(dim, (2 if conv else 3) * dim, bias=False)
         self.conv = ShortConv(2 * dim, conv, bias=True) if conv else None
-        self.step = nn.Linear(dim, heads)
+        self.step = Linear(dim, heads)
         nn.init.normal_(self.step.weight, std=0.02)
         nn.init.zeros_(self.step.bias)
         self.average = nn.Parameter(torch.zeros(chunk_size))
@@ -89,8 +90,8 @@ class TTTLinear(Memory):
             F.pad(0.02 * torch.randn(heads, widths[i + 1], widths[i]), (0, 1)) for i in range(layers)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.gate = nn.Linear(dim, dim, bias=False) if gate else None
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.gate = Linear(dim, dim, bias=False) if gate else None
+        self.out = Linear(dim, dim, bias=False)
 
     def initial_state(self, batch: int) -> State:
         state: State = {"net": ttt_state(list(self.start), batch)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.catalogue import card
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import HeadNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
 from remanence.ops.expgate import expgate
@@ -61,10 +62,10 @@ class MLSTM(Memory):
         self.dim, self.heads, self.cap, self.eps = dim, heads, cap, eps
         self.head_dims = (per_head("MLSTM", keys, heads), per_head("MLSTM", values, heads))
         self.widths = (keys, keys, values, values)
-        self.qkvo = nn.Linear(dim, sum(self.widths), bias=bias)
-        self.gates = nn.Linear(dim, 2 * heads)  # inputs, then forgets
+        self.qkvo = Linear(dim, sum(self.widths), bias=bias)
+        self.gates = Linear(dim, 2 * heads)  # inputs, then forgets
         self.norm = HeadNorm(heads, values, eps=norm_eps)
-        self.out = nn.Linear(values, dim, bias=bias)
+        self.out = Linear(values, dim, bias=bias)
         if not bias:
             self.norm.register_parameter("bias", None)
         with torch.no_grad():

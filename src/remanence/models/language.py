@@ -15,6 +15,7 @@ from remanence import catalogue
 from remanence.errors import StateError
 from remanence.memory import make
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm
 from remanence.state import State, check_state
 
@@ -49,8 +50,8 @@ class ChannelMixer(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.inner = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
+        self.inner = Linear(dim, 2 * hidden, bias=False)
+        self.out = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.inner(x).chunk(2, dim=-1)
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
         memories = [make(n, dim, **{**depth(n, i, len(names)), **given.get(n, {})}) for i, n in enumerate(names)]
         self.blocks = nn.ModuleList(Block(memory, int(dim * expand)) for memory in memories)
         self.norm = RMSNorm(dim)
-        self.head = nn.Linear(dim, vocabulary)
+        self.head = Linear(dim, vocabulary)
         for table in [self.embedding, *self.hashed]:
             nn.init.normal_(table.weight, std=0.5 / (1 + len(self.hashed)) ** 0.5)
         nn.init.zeros_(self.head.weight)

@@ -27,6 +27,7 @@ from remanence.ops.least_squares import (
     recursive_least_squares_reference,
     recursive_least_squares_state,
 )
+from remanence.ops.linear import linear
 from remanence.ops.linear_attention import linear_attention, linear_attention_carry, linear_attention_reference
 from remanence.ops.linear_cde import linear_cde, linear_cde_carry, linear_cde_reference
 from remanence.ops.long_conv import long_conv, long_conv_reference
@@ -77,6 +78,7 @@ __all__ = [
     "legs",
     "legs_carry",
     "legs_reference",
+    "linear",
     "linear_attention",
     "linear_attention_carry",
     "linear_attention_reference",

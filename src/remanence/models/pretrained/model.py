@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from remanence.errors import StateError
 from remanence.memory.base import Memory
+from remanence.memory.linear import Linear
 from remanence.memory.parts import wide
 from remanence.models.pretrained.mapping import Rule
 from remanence.state import State
@@ -83,7 +84,7 @@ class PretrainedModel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.remembering = frozenset(self.memories)
         self.norm = norm
-        self.head = nn.Linear(self.dim, self.vocabulary, bias=False)
+        self.head = Linear(self.dim, self.vocabulary, bias=False)
         self.tied = bool(config["tie_word_embeddings"])
         self.tie()
         head = Rule(("head.weight",), (f"{their_head}.weight",))

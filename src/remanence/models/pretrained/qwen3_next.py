@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from remanence.memory.base import Memory
 from remanence.memory.gated_deltanet import GatedDeltaNet
+from remanence.memory.linear import Linear
 from remanence.memory.softmax import SoftmaxAttention
 from remanence.models.language import ChannelMixer
 from remanence.models.pretrained.mapping import Config, Rule, rotary, same, stacked
@@ -43,9 +44,9 @@ class GatedAttention(SoftmaxAttention):
     ):
         Memory.__init__(self)
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
-        self.gate = nn.Linear(dim, heads * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.qkv = Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
+        self.gate = Linear(dim, heads * head_dim, bias=bias)
+        self.out = Linear(heads * head_dim, dim, bias=bias)
         self.q_norm, self.k_norm = CentredNorm(head_dim, eps), CentredNorm(head_dim, eps)
         turned = int(head_dim * rotary)
         pairs = torch.arange(0, turned, 2, dtype=torch.float64) / max(turned, 1)
@@ -73,11 +74,11 @@ class Experts(nn.Module):
     def __init__(self, dim: int, *, experts: int, chosen: int, hidden: int, shared: int, normalise: bool):
         super().__init__()
         self.chosen, self.normalise = chosen, normalise
-        self.router = nn.Linear(dim, experts, bias=False)
+        self.router = Linear(dim, experts, bias=False)
         self.inner = nn.Parameter(torch.randn(experts, 2 * hidden, dim) * dim**-0.5)
         self.outer = nn.Parameter(torch.randn(experts, dim, hidden) * hidden**-0.5)
         self.shared = ChannelMixer(dim, shared)
-        self.shared_gate = nn.Linear(dim, 1, bias=False)
+        self.shared_gate = Linear(dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
