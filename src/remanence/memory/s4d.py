@@ -12,7 +12,7 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
-from remanence.memory.parts import Derived, wide, zeros
+from remanence.memory.parts import Derived, project, wide, zeros
 from remanence.memory.reparameterise import rate, rate_weight
 from remanence.memory.s5 import hold, normal_hippo
 from remanence.ops import steps
@@ -88,11 +88,9 @@ class S4D(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         u, D = wide(x), wide(self.D)
-        if x.shape[1] == 1 and steps.worth(u, state["h"]):
+        if x.shape[1] == 1 and steps.worth(x, state["h"]):
             y, h = diagonal_token(u, *self.kernel(), D, state["h"])
-            state = {"h": h}
-        else:
-            y, state = diagonal_ssm(u, *self.kernel(), state)
-            y = torch.addcmul(y, D, u)
-        y = F.gelu(y).to(x.dtype)
+            return steps.glu(project(self.out, y)), {"h": h}
+        y, state = diagonal_ssm(u, *self.kernel(), state)
+        y = F.gelu(torch.addcmul(y, D, u)).to(x.dtype)
         return F.glu(self.out(y), dim=-1), state

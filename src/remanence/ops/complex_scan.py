@@ -141,7 +141,7 @@ def shared_token(
 
 
 def diagonal_token(u: Tensor, a: Tensor, read: Tensor, skip: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of `diagonal_ssm` without gradients, and skip ⊙ u: u and y [B, 1, D], start and h [B, D, N, 2]."""
+    """GELU of one token of `diagonal_ssm` and skip ⊙ u, without gradients: u, y [B, 1, D], start and h [B, D, N, 2]."""
     y, h = torch.empty_like(u), steps.blank(start)
     given = u, torch.view_as_real(a), torch.view_as_real(read), skip, start, y, h
     steps.run(kernels.diagonal_token, given, *start.shape[:3])

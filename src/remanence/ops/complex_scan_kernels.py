@@ -9,6 +9,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import dot
 from remanence.ops.compiled import jit, summing
+from remanence.ops.gelu_kernels import normal
 from remanence.ops.step_kernels import at
 
 
@@ -44,7 +45,7 @@ def backward(first, last, fixed, a, start, h, d_h, d_a, d_b, d_start):
 
 @jit
 def diagonal_token(one, us, keeps, reads, skips, starts, ys, ends, B, D, N):
-    """One token of `diagonal_ssm`, and `skip` ⊙ u: u, y [B, D], start, h [B, D, 2N], a and read [D, 2N], as pairs."""
+    """GELU of a token of `diagonal_ssm` and `skip` ⊙ u: u, y [B, D], start, h [B, D, 2N], a, read [D, 2N], as pairs."""
     u, y, skip = at(one, us, (B, D)), at(one, ys, (B, D)), at(one, skips, (D,))
     a, c = at(one, keeps, (D, 2 * N)), at(one, reads, (D, 2 * N))
     start, h = at(one, starts, (B, D, 2 * N)), at(one, ends, (B, D, 2 * N))
@@ -52,6 +53,9 @@ def diagonal_token(one, us, keeps, reads, skips, starts, ys, ends, B, D, N):
         for d in range(D):
             x = u[b, d]
             y[b, d] = _turn_and_read(a[d], start[b, d], x, c[d], h[b, d]) + skip[d] * x
+        out = y[b]
+        for d in range(D):
+            out[d] *= normal(out[d])[0]
 
 
 @summing

@@ -241,6 +241,16 @@ def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred,
 
 
 @jit
+def glu(one, xs, ys, rows, width):
+    """y [rows, width] = the first half of x [rows, 2·width] ⊙ σ of the second."""
+    x, y = at(one, xs, (rows, 2 * width)), at(one, ys, (rows, width))
+    for i in range(rows):
+        value, gate, out = x[i, :width], x[i, width:], y[i]
+        for d in range(width):
+            out[d] = value[d] * sigmoid(gate[d])
+
+
+@jit
 def phases(position, rates, cos, sin):
     """Of each pair of features its angle's cosine and sine at a position, in float64 until then."""
     for j in range(rates.shape[0]):

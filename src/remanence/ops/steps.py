@@ -107,6 +107,13 @@ def normalise(
     return y
 
 
+def glu(x: Tensor) -> Tensor:
+    """The first half of the last axis ⊙ σ of the second."""
+    y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    run(kernels.glu, (x, y), x.numel() // x.shape[-1], y.shape[-1])
+    return y
+
+
 def rotate(x: Tensor, start: Tensor, frequencies: Tensor) -> Tensor:
     """`memory.parts.rotate`: x [B, H, 1, K], start int64 [B], frequencies float64 [K/2]."""
     (B, H, _, K), y = x.shape, blank(x)
