@@ -18,6 +18,7 @@ import torch
 
 from remanence import catalogue
 from remanence.memory import Memory, make
+from remanence.memory.parts import Derived
 from remanence.state import State, fork, nbytes
 
 CHUNK = 2048
@@ -45,7 +46,8 @@ Maps = list[tuple[torch.Tensor, torch.Tensor]]
 def products(memory: Memory) -> Maps:
     """The layer's matrices that every token meets, each with a vector for it; those of blocks are [blocks, in, out].
 
-    Of complex ones, real and imaginary parts, an axis of two, stand side by side.
+    Of complex ones, real and imaginary parts, an axis of two, stand side by side. Of what a layer derives from its
+    parameters those are counted that are matrices of one state each, [states, N, N]: dense transitions.
     """
     maps = {id(m.weight): m.weight for m in memory.modules() if isinstance(m, torch.nn.Linear)}
     for p in memory.parameters():
@@ -53,6 +55,12 @@ def products(memory: Memory) -> Maps:
         matrix = p.flatten(0, 1) if pair and p.shape[1] == 2 else p.flatten(1) if pair else p
         if matrix.ndim in (2, 3) and min(matrix.shape[-2:]) >= 32:
             maps[id(p)] = matrix
+    for m in memory.modules():
+        for derived in vars(m).values():
+            made = derived.made if isinstance(derived, Derived) else None
+            for part in made if isinstance(made, tuple) else (made,):
+                if isinstance(part, torch.Tensor) and part.ndim == 3 and part.shape[1] == part.shape[2]:
+                    maps[id(part)] = part
     return [
         (w.detach(), torch.randn(1, w.shape[1]) if w.ndim == 2 else w.new_ones(w.shape[0], 1, w.shape[1]))
         for w in maps.values()
