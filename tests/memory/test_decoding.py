@@ -10,7 +10,7 @@ from remanence.memory import make
 from remanence.memory.hgrn import LowerBounds
 from remanence.ops import layer_steps, steps
 from remanence.ops.taps import tap
-from remanence.state import flatten, unflatten
+from remanence.state import flatten, fork, unflatten
 
 STEPPED = [
     "gated-deltanet", "deltanet", "kimi-delta", "efla", "deltaproduct", "gla", "linear-attention",
@@ -18,6 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
+    "dot", "swdt",
 ]  # fmt: skip
 
 
@@ -58,6 +59,9 @@ VARIANTS = [
     ("retnet", {"heads": 4}),
     ("titans", {"momentum": False, "layers": 3}),
     ("titans", {"bound": None, "residual": False}),
+    ("dot", {"window": 1}),
+    ("dot", {"window": 9, "conv": 1}),
+    ("swdt", {"heads": 4}),
 ]
 
 
@@ -69,12 +73,17 @@ def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
     memory = make(id, **small).double()
     x = torch.randn(2, 7, small["dim"], dtype=torch.float64)
     with torch.no_grad():
-        want, _ = memory(x)
+        want, end = memory(x)
         state, y = None, []
         for token in x.split(1, 1):
-            out, state = memory(token, state)
+            before = None if state is None else fork(state)
+            out, after = memory(token, state)
+            if state is not None:
+                torch.testing.assert_close(state, before, rtol=0, atol=0)
+            state = after
             y.append(out)
     torch.testing.assert_close(torch.cat(y, 1), want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, end, rtol=1e-9, atol=1e-9)
 
 
 TOKENS = {
@@ -86,6 +95,7 @@ TOKENS = {
     "softmax": "attention_token", "sliding-window": "attention_token", "neighborhood-attention": "attention_token",
     "griffin": "rg_lru_token", "min-lstm": "min_gru", "hgrn": "tied_token", "gsa": "slots_token", "abc": "slots_token",
     "aaren": "one_query_token", "lattice": "lattice_token", "lizard": "featured_token", "mesa": "least_squares_token",
+    "dot": "coefficients_token", "swdt": "coefficients_token",
 }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from remanence.catalogue import card
 from remanence.errors import StateError, expect
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.exponential import deep_exponential, exponential_memory
-from remanence.state import State, check_state
+from remanence.state import Form, State, check_state, fits, form
 
 SOURCE = "arXiv:2505.23735"
 EXEMPT = {"constant state": "exponential features have no finite form: every key is kept, with what it holds"}
@@ -41,16 +42,23 @@ class _Growing(Memory):
         self.readout = GatedReadout(dim, heads, self.head_dim)
 
     def begin(self, x: Tensor, state: State | None) -> State:
-        name, fresh = type(self).__name__, self.initial_state(x.shape[0])
-        expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
-        if state is None:
-            return fresh
-        keys = state.get("keys")
+        name, keys = type(self).__name__, None if state is None else state.get("keys")
         room = keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 else 0
-        check_state(name, state, _with_room(fresh, room))
+        if state is None or x.ndim != 3 or x.shape[2] != self.dim or not fits(state, self.places(room), x.shape[0]):
+            fresh = self.initial_state(x.shape[0])
+            expect(name, "x", x, "batch time dim", dim=self.dim, hint="One token per row? Pass x[:, None].")
+            self._form = form(fresh)
+            if state is None:
+                return fresh
+            check_state(name, state, _with_room(fresh, room))
         if state["position"].numel() and state["position"].max() > room:
             raise StateError(f"{name}: a state of {room} tokens cannot be at position {int(state['position'].max())}.")
         return state
+
+    def places(self, room: int) -> Form:
+        """The form of a state with so many places."""
+        known: Form = self._form or {}
+        return {n: ((part[0][0], room, part[0][2]), part[1]) if n in GROWING else part for n, part in known.items()}
 
     def project(self, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
@@ -60,8 +68,12 @@ class _Growing(Memory):
 
     def settle(self, after: State, before: State) -> State:
         """The op's state, with as many places as its longest row needs, in blocks."""
-        longest = int(after["position"].max()) if len(after["position"]) else 0
-        return _with_room(after, max(before["keys"].shape[2], -(-longest // BLOCK) * BLOCK))
+        return _with_room(after, self.room({**after, "keys": before["keys"]}, 0))
+
+    def room(self, state: State, more: int) -> int:
+        """Places for so many more tokens, and no fewer than there are."""
+        longest = int(state["position"].max()) + more if len(state["position"]) else 0
+        return max(state["keys"].shape[2], -(-longest // BLOCK) * BLOCK)
 
     def level(self, states: Sequence[State]) -> Sequence[State]:
         most = max(s["keys"].shape[2] for s in states)
@@ -127,6 +139,12 @@ class Dot(_Growing):
         state = self.begin(x, state)
         if x.shape[1] == 0:
             return x, state
+        if x.shape[1] == 1 and steps.worth(x, *(state[n] for n in ("keys", "values", "recent")), state["conv"]["tail"]):
+            y, state = layer_steps.coefficients_token(
+                project(self.qkv, x), project(self.gates, x), self.conv.weight, self.length, state,
+                self.room(state, 1), self.readout.plan(x), squared=self.objective == "squared",
+            )  # fmt: skip
+            return project(self.readout.out, y), state
         q, k, v, conv = self.project(x, state)
         gate = split(self.gates(x), self.heads).sigmoid() / self.window
         y, after = exponential_memory(q, k, v, gate, state, objective=self.objective)

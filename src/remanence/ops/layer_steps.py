@@ -327,6 +327,41 @@ def least_squares_token(
     return y, {"H": new_H, "G": new_G, "conv": {"tail": after}}
 
 
+_exponential = Kernels("exponential_step_kernels")
+
+
+def coefficients_token(
+    mixed: Tensor,
+    gates: Tensor,
+    taps: Tensor,
+    length: Tensor,
+    state: State,
+    room: int,
+    readout: Readout,
+    *,
+    squared: bool,
+) -> tuple[Tensor, State]:
+    """`exponential_memory` from what a layer projects: y, and the state of the op and "conv", with `room` places.
+
+    Queries, keys and values, mixed [B, 1, 3·H·K], pass a convolution and SiLU; queries and keys are brought to the
+    `length` [H] of their head. gates [B, 1, H·c] are the logits of c times what a token of the window is written with.
+    """
+    keys, values, recent, tail = state["keys"], state["values"], state["recent"], state["conv"]["tail"]
+    (B, H, before, K), c, width = keys.shape, recent.shape[2] + 1, taps.shape[1]
+    y, position, recent_after, after = (
+        keys.new_empty(B, 1, H * K),
+        state["position"].contiguous(),
+        blank(recent),
+        blank(tail),
+    )
+    moved, new_k, new_v = blank(position), keys.new_empty(B, H, room, K), keys.new_empty(B, H, room, K)
+    given = mixed, taps, tail, length, gates, *readout[:2], keys, values, recent, y, after, recent_after, new_k, new_v
+    how = B, H, K, width, c, before, room, squared, 1e-6, *readout.how(H)[1:]
+    run(_exponential.coefficients_token, given, position.data_ptr(), moved.data_ptr(), *how)
+    held = {"keys": new_k, "values": new_v, "recent": recent_after, "position": moved}
+    return y, {**held, "conv": {"tail": after}}
+
+
 _attention = Kernels("attention_step_kernels")
 
 

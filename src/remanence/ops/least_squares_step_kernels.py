@@ -5,14 +5,12 @@ Tensors come as in `step_kernels`.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from remanence.ops.chunk_kernels import dot, fill
 from remanence.ops.compiled import jit
 from remanence.ops.dplr_kernels import read
-from remanence.ops.step_kernels import activate, add, at, convolve, move, normalise, sigmoid, softplus
+from remanence.ops.step_kernels import activate, add, at, convolve, move, normalise, sigmoid, softplus, unit
 
 
 @jit
@@ -43,10 +41,9 @@ def least_squares_token(
         activate(row)
         for h in range(H):
             q, k = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
-            by_q, by_k = y.dtype.type(1 / math.sqrt(dot(q, q) + small)), y.dtype.type(1 / math.sqrt(dot(k, k) + small))
+            unit(q, 1, small)
+            unit(k, 1, small)
             for i in range(K):
-                q[i] *= by_q
-                k[i] *= by_k
                 diagonal[i] = y.dtype.type(least) + softplus(ridge[h, i])
             keep, take = sigmoid(gate[b, h]), sigmoid(gate[b, H + h])
             for i in range(K):

@@ -112,6 +112,14 @@ def activate(x):
         x[d] = sigmoid_and_silu(x[d])[1]
 
 
+@jit
+def unit(x, scale, eps):
+    """x to the length `scale`, in place; `eps` as in `ops.normalise`."""
+    by = x.dtype.type(scale / math.sqrt(dot(x, x) + eps))
+    for d in range(x.shape[0]):
+        x[d] *= by
+
+
 @summing
 def read_both(a, b, S, u, w):
     """u = Sᵀ a and w = Sᵀ b, of one look at S, two key features at a time."""
