@@ -9,35 +9,45 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from remanence.memory.linear import Products
 from remanence.ops.decay import second_order
 from remanence.state import State, flatten, tree_map
 
+KEEP = "states", "projections"
 
-def in_pieces(module: nn.Module, x: Tensor, state: State | None = None, *, piece: int = 512) -> tuple[Tensor, State]:
-    """What `module(x, state)` gives, keeping for the gradient only the states between pieces, and one piece's work.
+
+def in_pieces(
+    module: nn.Module, x: Tensor, state: State | None = None, *, piece: int = 512, keep: str = "states"
+) -> tuple[Tensor, State]:
+    """What `module(x, state)` gives, keeping for the gradient no more than is named, and one piece's work.
 
     The gradient is exact and reaches back over all of x: backward goes from the last piece to the first and reads each
-    but the last again. So what a pass needs besides input, output and their gradients does not grow with time but for
-    one state per piece. It takes longer: by a forward pass, and by what smaller products lose. Random numbers, as of
-    dropout, are the same in both readings.
+    but the last again. Random numbers, as of dropout, are the same in both readings.
 
     Args:
         module: a memory, a block or a whole model: whatever takes (x, state) and obeys the law of resumption.
         piece: tokens at a time, at least 1.
+        keep: "states": of each piece only the state before it, so that what a pass needs besides input, output and
+            their gradients does not grow with time but for one state per piece. It takes longer: by a forward pass,
+            and by what smaller products lose. "projections": also what every `remanence.memory.linear.Linear` gave,
+            so that only the rest (convolutions, gates, norms, the recurrence) is computed twice. That is quicker, and
+            grows with time by the projections' outputs, a part of what reading at once keeps.
 
     Shapes: x [batch, time, ...], features or tokens; y [batch, time, ...].
-    Raises: `ValueError` for a piece below 1.
+    Raises: `ValueError` for a piece below 1 or another `keep`.
     Source: gradient checkpointing (Chen et al. 2016, arXiv:1604.06174), at the states that a recurrence has anyway
     (Gruslys et al. 2016, arXiv:1606.03401).
     """
     if piece < 1:
         raise ValueError(f"in_pieces: piece must be at least 1 token, got {piece}.")
+    if keep not in KEEP:
+        raise ValueError(f"in_pieces: keep must be 'states' or 'projections', got {keep!r}.")
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
     before = {} if state is None else flatten(state)
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *before.values(), *weights.values()))
     if x.shape[1] <= piece or not learns:
         return _one_by_one(module, x, state, piece)
-    reading = _Reading(module, piece, state, [*weights])
+    reading = _Reading(module, piece, state, [*weights], keep == "projections")
     y, *after = _Pieces.apply(reading, x, *before.values(), *weights.values())
     return y, _filled(reading.after, after)
 
@@ -61,8 +71,8 @@ def _one_by_one(
 class _Reading:
     """A module, its pieces, its weights by name, and states for their form: before (None: none is given) and after."""
 
-    def __init__(self, module: nn.Module, piece: int, before: State | None, weights: list[str]):
-        self.module, self.piece, self.weights = module, piece, weights
+    def __init__(self, module: nn.Module, piece: int, before: State | None, weights: list[str], keeps: bool):
+        self.module, self.piece, self.weights, self.keeps = module, piece, weights, keeps
         self.before = None if before is None else tree_map(Tensor.detach, before)
         self.after: State = {}
 
@@ -77,6 +87,16 @@ class _Reading:
         with torch.enable_grad():
             y, after = self.module(x, before)
         return y, after, [x, *flatten(before or {}).values()]
+
+    def again(self, x: Tensor, state: State | None, products: Products) -> tuple[Tensor, State, list[Tensor]]:
+        """The same for the second time, with the products of the first; without them if it is another reading."""
+        random = torch.get_rng_state()
+        with products.reading():
+            found = self.graph(x, state)
+        if products.complete:
+            return found
+        torch.set_rng_state(random)
+        return self.graph(x, state)
 
     def plain(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The whole of it, as a function of all that it depends on."""
@@ -104,18 +124,26 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reading: _Reading, x: Tensor, *tensors: Tensor) -> Any:
         (state, _), piece, y = reading.parts(tensors), reading.piece, None
-        ctx.reading, ctx.states, ctx.random = reading, [], []
+        ctx.reading, ctx.states, ctx.random, ctx.products = reading, [], [], []
         parts = x.split(piece, 1)
         for i, part in enumerate(parts):
             ctx.states.append(state)
             ctx.random.append(torch.get_rng_state())
-            if i < len(parts) - 1:
-                out, state = reading.module(part, state)
-            else:  # comes first in the backward pass
+            products = Products()
+            if i == len(parts) - 1:  # comes first in the backward pass
                 ctx.last = reading.graph(part, state)
                 out, state = ctx.last[:2]
+            elif reading.keeps:  # with its graph, since what is computed may depend on whether there is one
+                with products.reading():
+                    out, state, _ = reading.graph(part, state)
+            else:
+                out, state = reading.module(part, state)
+            out, state = out.detach(), tree_map(Tensor.detach, state)
             y = out.new_empty(*x.shape[:2], *out.shape[2:]) if y is None else y
-            y[:, i * piece : (i + 1) * piece] = out.detach()
+            here = y.detach()[:, i * piece : (i + 1) * piece]
+            here.data.copy_(out)  # which the versions of what is kept do not count
+            products.close(out, here)
+            ctx.products.append(products)
         reading.after = tree_map(Tensor.detach, state or {})
         after = [*flatten(reading.after).values()]
         ctx.save_for_backward(x, *tensors)
@@ -140,7 +168,7 @@ class _Pieces(torch.autograd.Function):
             here = slice(i * reading.piece, (i + 1) * reading.piece)
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(ctx.random[i])
-                y, after, leaves = last or reading.graph(x[:, here], ctx.states[i])
+                y, after, leaves = last or reading.again(x[:, here], ctx.states[i], ctx.products[i])
             last = None
             reached = [(y, d_y[:, here]), *zip(flatten(after).values(), d_state, strict=True)]
             reached = [(out, d) for out, d in reached if d is not None and out.requires_grad]
