@@ -18,7 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
-    "dot", "swdt",
+    "dot", "swdt", "tcnca",
 ]  # fmt: skip
 
 
@@ -62,6 +62,8 @@ VARIANTS = [
     ("dot", {"window": 1}),
     ("dot", {"window": 9, "conv": 1}),
     ("swdt", {"heads": 4}),
+    ("tcnca", {"kernel": 1, "chunk": 1}),
+    ("tcnca", {"move": "ema", "kernel": None, "dilation": None, "layers": None}),
 ]
 
 
@@ -69,7 +71,9 @@ VARIANTS = [
 def test_tokens_one_by_one_are_the_full_pass(monkeypatch, id, changed):
     monkeypatch.setattr(steps, "STEP_FROM", 0)
     torch.manual_seed(0)
-    small = catalogue.cards("memory")[id].small | changed
+    small = {
+        name: given for name, given in (catalogue.cards("memory")[id].small | changed).items() if given is not None
+    }
     memory = make(id, **small).double()
     x = torch.randn(2, 7, small["dim"], dtype=torch.float64)
     with torch.no_grad():
@@ -96,6 +100,7 @@ TOKENS = {
     "griffin": "rg_lru_token", "min-lstm": "min_gru", "hgrn": "tied_token", "gsa": "slots_token", "abc": "slots_token",
     "aaren": "one_query_token", "lattice": "lattice_token", "lizard": "featured_token", "mesa": "least_squares_token",
     "dot": "coefficients_token", "swdt": "coefficients_token",
+    "tcnca": "chunk_token",
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
-from remanence.memory.parts import wide, zeros
+from remanence.memory.parts import project, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.chunk_attention import chunk_attention
 from remanence.ops.dense_ssm import dense_ssm
 from remanence.ops.long_conv import dilated_conv
@@ -30,7 +31,7 @@ class DilatedConvolutions(nn.Module):
         if min(kernel, dilation, layers) < 1:
             given = f"{kernel}, {dilation}, {layers}"
             raise ValueError(f"DilatedConvolutions: kernel, dilation and layers must be at least 1, got {given}.")
-        self.dilations = [dilation**i for i in range(layers)]
+        self.dilations = tuple(dilation**i for i in range(layers))
         self.receptive_field = 1 + (kernel - 1) * sum(self.dilations)
         bound = 1 / math.sqrt(kernel)
         self.weight = nn.Parameter(torch.empty(layers, dim, kernel).uniform_(-bound, bound))
@@ -42,6 +43,10 @@ class DilatedConvolutions(nn.Module):
         }
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        tails = [state[str(i)]["tail"] for i in range(len(self.dilations))]
+        if x.shape[1] == 1 and steps.worth(x, *tails):
+            y, tails = steps.dilated_residuals(x, self.weight, self.dilations, tails)
+            return y, {str(i): {"tail": tail} for i, tail in enumerate(tails)}
         after = {}
         for i, (weight, dilation) in enumerate(zip(wide(self.weight), self.dilations, strict=True)):
             y, after[str(i)] = dilated_conv(x, weight, dilation, state[str(i)])
@@ -148,6 +153,11 @@ class TCNCA(Memory):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
         m, move = self.move(wide(x), state["move"])
+        if x.shape[1] == 1 and steps.worth(x, state["chunk"]["k"], state["chunk"]["v"]):
+            mixed, learnt = project(self.mixed, m), (self.gamma, self.beta, self.bias)
+            a, chunk = layer_steps.chunk_token(mixed, project(self.value, x), *learnt, state["chunk"])
+            y = layer_steps.update_token(x, mixed, project(self.attended, a))
+            return y, {"move": move, "chunk": chunk}
         u, z, r, h = self.mixed(m.to(x.dtype)).split(self.widths, dim=-1)
         q, k = wide(F.silu(z)[..., None, :] * self.gamma + self.beta).unbind(-2)
         a, chunk = chunk_attention(q, k, wide(F.silu(self.value(x))), wide(self.bias), state["chunk"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import jit
-from remanence.ops.step_kernels import add, at, phases, softmax, turn
+from remanence.ops.step_kernels import activate, add, at, phases, sigmoid, softmax, turn
 
 
 @jit
@@ -88,3 +88,73 @@ def _answer(weights, fixed, held, v, n, stride, out):
     for j in range(n):
         add(held[room - (j + 1) * stride], weights[P + j], out)
     add(v, weights[P + n], out)
+
+
+@jit
+def chunk_token(
+    one, mixes, news, scales, shifts, biases, keys, values, next_keys, next_values, ys, positions, next_positions,
+    B, D, K, V, C,
+):  # fmt: skip
+    """Attention to the open chunk: mixed [B, D + K + V + D] are u, z, r and h; y [B, V] is gated by SiLU(r).
+
+    Queries and keys are SiLU(z) by `scales` [2, K] and `shifts`, values SiLU(new) [B, V]; `biases` [C] go by distance.
+    """
+    mixed, new, y = at(one, mixes, (B, 2 * D + K + V)), at(one, news, (B, V)), at(one, ys, (B, V))
+    scale, shift, bias = at(one, scales, (2, K)), at(one, shifts, (2, K)), at(one, biases, (C,))
+    old_k, old_v = at(one, keys, (B, C, K)), at(one, values, (B, C, V))
+    new_k, new_v = at(one, next_keys, (B, C, K)), at(one, next_values, (B, C, V))
+    position, after = at(np.int64(0), positions, (B,)), at(np.int64(0), next_positions, (B,))
+    z, q, k, v = np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(K, y.dtype), np.empty(V, y.dtype)
+    gate, weights, by = np.empty(V, y.dtype), np.empty(C, y.dtype), y.dtype.type(1 / math.sqrt(K))
+    for b in range(B):
+        slot, out = position[b] % C, y[b]
+        after[b] = position[b] + 1
+        copy_row(mixed[b, D : D + K], z)
+        copy_row(mixed[b, D + K : D + K + V], gate)
+        copy_row(new[b], v)
+        activate(z)
+        activate(gate)
+        activate(v)
+        for i in range(K):
+            q[i] = by * (scale[0, i] * z[i] + shift[0, i])
+            k[i] = scale[1, i] * z[i] + shift[1, i]
+        for j in range(slot):
+            weights[j] = dot(q, old_k[b, j]) + bias[slot - j]
+        weights[slot] = dot(q, k) + bias[0]
+        softmax(weights[: slot + 1])
+        fill(out, 0)
+        for j in range(slot):
+            add(old_v[b, j], weights[j], out)
+        add(v, weights[slot], out)
+        for i in range(V):
+            out[i] *= gate[i]
+        left = slot if slot < C - 1 else -1  # a full chunk is closed
+        _append(old_k[b], k, left, new_k[b])
+        _append(old_v[b], v, left, new_v[b])
+
+
+@jit
+def _append(old, new, count, kept):
+    """The first `count` rows of `old`, then `new` unless `count` is below 0, then zeros."""
+    if count >= 0:
+        copy_row(old[:count].reshape(-1), kept[:count].reshape(-1))
+        copy_row(new, kept[count])
+    fill(kept[count + 1 :].reshape(-1), 0)
+
+
+@jit
+def update_token(one, xs, mixes, founds, ys, B, D, between):
+    """y [B, D] = x + σ(u) ⊙ (SiLU(h + found) − x): u the first of `mixes` [B, D + between + D], h the last."""
+    x, found, y, mixed = (
+        at(one, xs, (B, D)),
+        at(one, founds, (B, D)),
+        at(one, ys, (B, D)),
+        at(one, mixes, (B, 2 * D + between)),
+    )
+    for b in range(B):
+        now, u, out = x[b], mixed[b, :D], y[b]
+        for d in range(D):
+            out[d] = mixed[b, D + between + d] + found[b, d]
+        activate(out)
+        for d in range(D):
+            out[d] = now[d] + sigmoid(u[d]) * (out[d] - now[d])

@@ -405,3 +405,26 @@ def attention_token(
     given = qkv, keys, values, first, second, new_k, new_v, logsumexp, y
     run(_attention.attention_token, given, *where, *how, 0 if first is None else first.shape[-2])
     return Seen(y, new_k, new_v, after)
+
+
+def chunk_token(
+    mixed: Tensor, value: Tensor, scale: Tensor, shift: Tensor, bias: Tensor, state: State
+) -> tuple[Tensor, State]:
+    """`chunk_attention` from what TCNCA projects: y [B, 1, V], gated by SiLU(r), and the state.
+
+    Shapes: mixed [B, 1, D + K + V + D] are u, z, r and h; value [B, 1, V]; queries and keys are SiLU(z) by `scale`
+    [2, K] and `shift`; bias [C].
+    """
+    keys, values, position = state["k"], state["v"], state["position"].contiguous()
+    (B, C, K), V, after = keys.shape, value.shape[2], blank(position)
+    y, new_k, new_v = values.new_empty(B, 1, V), blank(keys), blank(values)
+    given, D = (mixed, value, scale, shift, bias, keys, values, new_k, new_v, y), (mixed.shape[2] - K - V) // 2
+    run(_attention.chunk_token, given, position.data_ptr(), after.data_ptr(), B, D, K, V, C)
+    return y, {"k": new_k, "v": new_v, "position": after}
+
+
+def update_token(x: Tensor, mixed: Tensor, found: Tensor) -> Tensor:
+    """x + σ(u) ⊙ (SiLU(h + found) − x) [B, 1, D], u being the first D of mixed [B, 1, ≥ 2D] and h the last."""
+    (B, _, D), y = x.shape, blank(x)
+    run(_attention.update_token, (x, mixed, found, y), B, D, mixed.shape[2] - 2 * D)
+    return y

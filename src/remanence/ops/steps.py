@@ -82,6 +82,20 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, si
     return y, after
 
 
+def dilated_residuals(
+    x: Tensor, weight: Tensor, dilations: tuple[int, ...], tails: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """x + SiLU of `ops.long_conv.dilated_conv`, layer after layer, and the next tails: weight [layers, D, K]."""
+    (B, _, D), K = x.shape, weight.shape[2]
+    for tail, dilation in zip(tails, dilations, strict=True):
+        fits("dilated_residuals", tail, B, (K - 1) * dilation, D)
+    tails = [tail.contiguous() for tail in tails]
+    y, afters = blank(x), [blank(tail) for tail in tails]
+    places = (tuple(part.data_ptr() for part in parts) for parts in (tails, afters))
+    run(kernels.dilated_residuals, (x, weight, y), *places, dilations, B, D, K)
+    return y, afters
+
+
 PLAIN, SILU, SIGMOID, ELU, SOFTMAX = 0, 1, 2, 3, 4
 """What a gate's logits, or features, go through (ELU: elu + 1); `PLAIN` stands for no gate."""
 
