@@ -111,10 +111,13 @@ def reads_in_pieces(memory: Memory, time: int, piece: int) -> None:
     first, x = tokens(memory, 2, 3, seed=5).requires_grad_(), tokens(memory, 2, time).requires_grad_()
     start = memory(first)[1]
     for begin in (None, start):
-        (y, end), (want, want_end) = in_pieces(memory, x, begin, piece=piece), memory(x, begin)
-        same(y, want)
-        same(end, want_end)
-        same(gradients(memory, x, y, end, first), gradients(memory, x, want, want_end, first))
+        want, want_end = memory(x, begin)
+        slopes = gradients(memory, x, want, want_end, first)
+        for keep in ("states", "projections"):
+            y, end = in_pieces(memory, x, begin, piece=piece, keep=keep)
+            same(y, want)
+            same(end, want_end)
+            same(gradients(memory, x, y, end, first), slopes)
 
 
 def has_constant_state(memory: Memory) -> None:
