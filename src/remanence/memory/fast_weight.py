@@ -79,7 +79,8 @@ class FastWeightMemory(Memory):
         max_step: θ is at most `max_step` · (1 - η), so that η does not change how much is learned in all.
         bound: and at most this share of the step that would mend a chunk of equal tokens at once, so that no stream
             diverges (see `ops.fast_weight`); None leaves θ as it is. The steps of "muon" are of size θ whatever it is.
-        conv: tokens that the convolutions see.
+        conv: tokens that the convolutions see; 1 leaves them out.
+        gate: whether SiLU(W_g x) gates what is read, after its norm.
         gates: "head", or "channel": a step, a retention and (but for "huber") a threshold of every channel: of what the
             last layer gives and the first reads.
         rank: of the map that makes the gates of channels.
@@ -116,6 +117,7 @@ class FastWeightMemory(Memory):
         max_step: float = 0.1,
         bound: float | None = 0.5,
         conv: int = 4,
+        gate: bool = True,
         remake: bool = False,
         gates: str = "head",
         rank: int = 32,
@@ -171,7 +173,7 @@ class FastWeightMemory(Memory):
         with torch.no_grad():
             self.gates.bias.copy_(torch.cat(list(starts.values())))
         self.norm = nn.ParameterList([torch.ones(heads, K), torch.zeros(heads, K)]) if norm else None
-        self.readout = GatedReadout(dim, heads, K)
+        self.readout = GatedReadout(dim, heads, K, activation=F.silu if gate else None)
 
     def _start(self, structure: str, K: int, layers: int, hidden: int) -> list[Tensor]:
         sizes = {
