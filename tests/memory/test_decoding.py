@@ -18,7 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
-    "dot", "swdt", "tcnca",
+    "dot", "swdt", "tcnca", "test-time-regression",
 ]  # fmt: skip
 
 
@@ -62,6 +62,10 @@ VARIANTS = [
     ("dot", {"window": 1}),
     ("dot", {"window": 9, "conv": 1}),
     ("swdt", {"heads": 4}),
+    ("test-time-regression", {"order": "linear"}),
+    ("test-time-regression", {"order": "constant", "window": 1}),
+    ("test-time-regression", {"weights": "window", "order": "linear", "conv": 1}),
+    ("test-time-regression", {"weights": "window", "heads": 4, "ridge": 1e-3}),
     ("tcnca", {"kernel": 1, "chunk": 1}),
     ("tcnca", {"move": "ema", "kernel": None, "dilation": None, "layers": None}),
 ]
@@ -100,7 +104,7 @@ TOKENS = {
     "griffin": "rg_lru_token", "min-lstm": "min_gru", "hgrn": "tied_token", "gsa": "slots_token", "abc": "slots_token",
     "aaren": "one_query_token", "lattice": "lattice_token", "lizard": "featured_token", "mesa": "least_squares_token",
     "dot": "coefficients_token", "swdt": "coefficients_token",
-    "tcnca": "chunk_token",
+    "tcnca": "chunk_token", "test-time-regression": "regression_token",
 }  # fmt: skip
 
 

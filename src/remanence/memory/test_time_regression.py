@@ -12,7 +12,8 @@ from remanence.catalogue import card
 from remanence.errors import unknown
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
-from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, split, wide, zeros
+from remanence.memory.parts import GatedReadout, ShortConv, l2_norm, per_head, project, split, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.least_squares import (
     ORDERS,
     local_regression,
@@ -106,6 +107,12 @@ class Regression(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        if x.shape[1] == 1 and self.weights != "all" and steps.worth(x, state["k"], state["v"], state["conv"]["tail"]):
+            y, state = layer_steps.regression_token(
+                project(self.qk, x), project(self.v, x), self.conv.weight, state, self.readout.plan(x),
+                order=ORDERS.index(self.order), bandwidth=self.bandwidth, ridge=self.ridge,
+            )  # fmt: skip
+            return project(self.readout.out, y), state
         mixed, conv = self.conv(self.qk(x), state["conv"], silu=True)
         q, k = (l2_norm(split(part, self.heads)) for part in mixed.chunk(2, -1))
         v = split(self.v(x), self.heads)

@@ -11,7 +11,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import jit
-from remanence.ops.step_kernels import activate, add, at, phases, sigmoid, softmax, turn
+from remanence.ops.step_kernels import activate, add, at, keep_last, phases, sigmoid, softmax, turn
 
 
 @jit
@@ -45,28 +45,15 @@ def attention_token(
                     q[s, d] *= scale
             turn(qkv[b, (H + g) * K : (H + g + 1) * K], cos, sin, k)
             v = qkv[b, (H + G + g) * K : (H + G + g + 1) * K]
-            _keep(old_k[b, g], k, new_k[b, g])
+            keep_last(old_k[b, g], k, new_k[b, g])
             for s in range(share):
                 _scores(q[s], fixed_k[g * share + s], old_k[b, g], k, n, stride, weights[s])
                 total = softmax(weights[s, : P + n + 1])
                 if logsums:
                     logsum[b, g * share + s] = total
-            _keep(old_v[b, g], v, new_v[b, g])
+            keep_last(old_v[b, g], v, new_v[b, g])
             for s in range(share):
                 _answer(weights[s], fixed_v[g * share + s], old_v[b, g], v, n, stride, y[b, g * share + s])
-
-
-@jit
-def _keep(old, new, kept):
-    """The last rows of `old` and then `new`, after zeros where these are fewer."""
-    room, last = old.shape[0], kept.shape[0] - 1
-    carried = min(room, last)
-    for j in range(last - carried):
-        fill(kept[j], 0)
-    for j in range(carried):
-        copy_row(old[room - carried + j], kept[last - carried + j])
-    if last >= 0:
-        copy_row(new, kept[last])
 
 
 @jit

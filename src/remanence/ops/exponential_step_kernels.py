@@ -9,7 +9,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, fill
 from remanence.ops.compiled import decay, jit, summing
-from remanence.ops.step_kernels import activate, add, at, convolve, normalise, sigmoid, unit
+from remanence.ops.step_kernels import activate, add, at, convolve, keep_last, normalise, sigmoid, unit
 
 
 @summing
@@ -19,16 +19,6 @@ def _alike(x, y):
     for i in range(x.shape[0]):
         far += (x[i] - y[i]) * (x[i] - y[i])
     return decay(x.dtype.type(-0.5) * far)
-
-
-@jit
-def _moved(old, held, kept):
-    """The last `held` rows of `old` as those before the last of `kept`, zeros before them."""
-    first = kept.shape[0] - 1 - held
-    for i in range(first):
-        fill(kept[i], 0)
-    for i in range(held):
-        copy_row(old[old.shape[0] - held + i], kept[first + i])
 
 
 @jit
@@ -77,10 +67,9 @@ def coefficients_token(
             unit(q, length[h], small)
             unit(k, length[h], small)
             now_k, now_w = new_k[b, h], new_w[b, h]
-            _moved(old_k[b, h], held, now_k)
-            _moved(old_w[b, h], held, now_w)
-            copy_row(k, now_k[room_after - 1])
-            fill(now_w[room_after - 1], 0)
+            fill(change, 0)
+            keep_last(old_k[b, h], k, now_k)
+            keep_last(old_w[b, h], change, now_w)
             copy_row(q, sought[0])
             for j in range(written):
                 copy_row(now_k[room_after - 1 - j], sought[1 + j])

@@ -327,6 +327,32 @@ def least_squares_token(
     return y, {"H": new_H, "G": new_G, "conv": {"tail": after}}
 
 
+def regression_token(
+    mixed: Tensor,
+    v: Tensor,
+    taps: Tensor,
+    state: State,
+    readout: Readout,
+    *,
+    order: int,
+    bandwidth: Tensor | None,
+    ridge: Tensor | None,
+) -> tuple[Tensor, State]:
+    """`local_regression` from what a layer projects: y, and the state of the op and "conv".
+
+    Queries and keys, mixed [B, 1, 2·H·K], pass a convolution, SiLU and a norm to unit length; `order` counts in
+    `ORDERS`; bandwidth and ridge [H] are logarithms.
+    """
+    keys, values, tail, position = state["k"], state["v"], state["conv"]["tail"], state["seen"].contiguous()
+    (B, H, before, K), width, seen = keys.shape, taps.shape[1], blank(position)
+    y, after, new_k, new_v = keys.new_empty(B, 1, H * K), blank(tail), blank(keys), blank(values)
+    learnt = taps, tail, bandwidth, ridge, *readout[:2]
+    given = mixed, v, *learnt, keys, values, y, after, new_k, new_v
+    how = B, H, K, width, before + 1, order, 1e-6, *readout.how(H)[1:]
+    run(_least_squares.regression_token, given, position.data_ptr(), seen.data_ptr(), *how)
+    return y, {"k": new_k, "v": new_v, "seen": seen, "conv": {"tail": after}}
+
+
 _exponential = Kernels("exponential_step_kernels")
 
 

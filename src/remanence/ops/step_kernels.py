@@ -113,6 +113,17 @@ def activate(x):
 
 
 @jit
+def keep_last(old, new, kept):
+    """The last rows of `old` and then `new`, after zeros where these are fewer."""
+    room, last = old.shape[0], kept.shape[0] - 1
+    carried = min(room, last)
+    if last >= 0:
+        fill(kept[: last - carried].reshape(-1), 0)
+        copy_row(old[room - carried :].reshape(-1), kept[last - carried : last].reshape(-1))
+        copy_row(new, kept[last])
+
+
+@jit
 def unit(x, scale, eps):
     """x to the length `scale`, in place; `eps` as in `ops.normalise`."""
     by = x.dtype.type(scale / math.sqrt(dot(x, x) + eps))
