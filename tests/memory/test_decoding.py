@@ -18,7 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
-    "dot", "swdt", "tcnca", "test-time-regression",
+    "dot", "swdt", "tcnca", "test-time-regression", "omega-delta", "swla",
 ]  # fmt: skip
 
 
@@ -66,6 +66,11 @@ VARIANTS = [
     ("test-time-regression", {"order": "constant", "window": 1}),
     ("test-time-regression", {"weights": "window", "order": "linear", "conv": 1}),
     ("test-time-regression", {"weights": "window", "heads": 4, "ridge": 1e-3}),
+    ("omega-delta", {"optimizer": "gradient", "window": 9, "degree": 3}),
+    ("omega-delta", {"window": 1, "degree": None, "retention": "none", "bound": None}),
+    ("swla", {"chunk_size": 3, "optimizer": "momentum", "window": 1}),
+    ("swla", {"chunk_size": 3, "degree": 2, "gate": False}),
+    ("omeganet", {"structure": "matrix", "objective": "dot", "expand": 1}),
     ("tcnca", {"kernel": 1, "chunk": 1}),
     ("tcnca", {"move": "ema", "kernel": None, "dilation": None, "layers": None}),
 ]
@@ -105,6 +110,7 @@ TOKENS = {
     "aaren": "one_query_token", "lattice": "lattice_token", "lizard": "featured_token", "mesa": "least_squares_token",
     "dot": "coefficients_token", "swdt": "coefficients_token",
     "tcnca": "chunk_token", "test-time-regression": "regression_token",
+    "omega-delta": "window_token", "swla": "window_token",
 }  # fmt: skip
 
 

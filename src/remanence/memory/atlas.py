@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.fast_weight import FastWeightMemory
 from remanence.memory.linear import Linear
-from remanence.memory.parts import ShortConv
+from remanence.memory.parts import ShortConv, project
+from remanence.ops import layer_steps, steps
+from remanence.ops.layer_steps import Lift
+from remanence.ops.objectives import Dot
 from remanence.ops.omega import omega_delta
 from remanence.state import State
 
@@ -39,6 +42,7 @@ class PolynomialFeatures(nn.Module):
     """
 
     pick: Tensor
+    factors: Tensor
     degree: Tensor
     share: Tensor
 
@@ -57,6 +61,11 @@ class PolynomialFeatures(nn.Module):
             shares += [1 / math.prod(map(math.factorial, Counter(row).values())) for row in rows]  # how often, over i!
         self.sizes = [len(factor) for factor in factors]
         # one product with ones and zeros, where an index would take an operation for every factor
+        # as products, for the compiled step: of the features of x, and of a 1 behind them
+        rows = [(), *(row for i in range(1, degree + 1) for row in combinations_with_replacement(range(width), i))]
+        self.register_buffer(
+            "factors", torch.tensor([(*row, *[width] * (degree - len(row))) for row in rows]), persistent=False
+        )
         self.register_buffer("pick", torch.cat(factors).mT.to(self.root.dtype), persistent=False)
         self.register_buffer("degree", torch.tensor(degrees), persistent=False)
         self.register_buffer("share", torch.tensor(shares, dtype=torch.float64).sqrt(), persistent=False)
@@ -133,6 +142,40 @@ class OmegaNet(FastWeightMemory):
             for i in range(1 + self.gated):  # the layers that read keys
                 rows = self.start[i].shape[1]
                 self.start[i] = nn.Parameter(torch.randn(heads, rows, wider) * wider**-0.5)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        state = self.begin(x, state)
+        held = (part for name in ("weight", "momentum", "window") for part in state["net"].get(name, {}).values())
+        if x.shape[1] == 1 and self.linear and steps.worth(x, state["conv"]["tail"], *held):
+            return self._token(x, state)
+        return super().forward(x, state)
+
+    @property
+    def linear(self) -> bool:
+        """Whether a token's write is one of a matrix that the compiled step knows."""
+        plain = self.spread == 1 and len(self.start) == 1 and self.retention is None and self.norm is None
+        plain = plain and not (self.returns or self.each or self.residual or self.orthogonal or self.momenta > 1)
+        known = isinstance(self, OmegaDelta) or isinstance(self.objective, Dot)
+        own = type(self).lift is OmegaNet.lift and type(self).write in (OmegaDelta.write, FastWeightMemory.write)
+        return plain and known and own and self.read == "after"
+
+    def _token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        net, exact, lift = state["net"], isinstance(self, OmegaDelta), None
+        if self.features is not None:
+            lift = Lift(self.features.factors, self.features.degree, self.features.share, self.features.root)
+        y, after, tail = layer_steps.window_token(
+            project(self.qkv, x), project(self.gates, x), self.conv.weight, state["conv"]["tail"], net,
+            self.readout.plan(x), lift, decays="retain" in self.names, squared=exact, most=self.max_step,
+            bound=self.bound if exact else None,
+        )  # fmt: skip
+        pos = net["pos"] + 1
+        if not math.isfinite(float(y.sum())):
+            self.diverged({**after, "pos": pos})
+        anchor = after["weight"]
+        if self.chunk_size > 1:
+            ended = (pos % self.chunk_size == 0)[:, None, None, None]
+            anchor = {"0": torch.where(ended, anchor["0"], net["anchor"]["0"])} if ended.any() else net["anchor"]
+        return project(self.readout.out, y), {"net": {**after, "anchor": anchor, "pos": pos}, "conv": {"tail": tail}}
 
     def lift(self, *vectors: Tensor) -> list[Tensor]:
         """Unit queries and keys, and their features."""

@@ -454,3 +454,57 @@ def update_token(x: Tensor, mixed: Tensor, found: Tensor) -> Tensor:
     (B, _, D), y = x.shape, blank(x)
     run(_attention.update_token, (x, mixed, found, y), B, D, mixed.shape[2] - 2 * D)
     return y
+
+
+_omega = Kernels("omega_step_kernels")
+
+
+class Lift(NamedTuple):
+    """Features as products of entries of x and 1: which [F, factors], their degrees, shares and the degrees' roots."""
+
+    factors: Tensor
+    degrees: Tensor
+    shares: Tensor
+    roots: Tensor
+
+
+def window_token(
+    mixed: Tensor,
+    gates: Tensor,
+    taps: Tensor,
+    tail: Tensor,
+    net: State,
+    readout: Readout,
+    lift: Lift | None,
+    *,
+    decays: bool,
+    squared: bool,
+    most: float,
+    bound: float | None,
+) -> tuple[Tensor, State, Tensor]:
+    """A matrix that writes a window of tokens: y, "weight", "momentum" and "window" of the next state, and its tail.
+
+    As `omega_delta`, or (not `squared`) without regard to what the matrix says, as `fast_weight` under the dot
+    objective; queries and keys are lifted to features where `lift` says so.
+
+    Shapes: mixed [B, 1, 2·H·K + H·V] passes a convolution and SiLU; gates [B, 1, ...] the logits of what is kept
+    (`decays`), of the step, of the momentum, [H] each, and of the window, [H·c], where there are such.
+    """
+    W, S, past = net["weight"]["0"], net.get("momentum", {}).get("0"), net.get("window")
+    B, H, V, F = W.shape
+    keys, values = (None, None) if past is None else (past["key"], past["value"])
+    c, width = 1 if keys is None else keys.shape[2] + 1, taps.shape[1]
+    K = (taps.shape[0] - H * V) // (2 * H)
+    y, after, end = W.new_empty(B, 1, H * V), blank(tail), blank(W)
+    moved, new_k, new_v = (None if part is None else blank(part) for part in (S, keys, values))
+    shares, roots = (None, None) if lift is None else (lift.shares, lift.roots)
+    which = (0, 0) if lift is None else (lift.factors.data_ptr(), lift.degrees.data_ptr())
+    depth = 0 if lift is None else lift.factors.shape[1]
+    learnt = taps, tail, shares, roots, *readout[:2]
+    given = mixed, gates, *learnt, W, S, keys, values, y, after, moved, new_k, new_v, end
+    rule = int(decays), int(S is not None), squared, float(most), float(bound or 0), 1e-6
+    run(_omega.window_token, given, *which, B, H, K, F, V, c, depth, width, *rule, *readout.how(H)[1:])
+    told: State = {"weight": {"0": end}}
+    told |= {} if moved is None else {"momentum": {"0": moved}}
+    told |= {} if new_k is None or new_v is None else {"window": {"key": new_k, "value": new_v}}
+    return y, told, after

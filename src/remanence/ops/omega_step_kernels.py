@@ -1,0 +1,157 @@
+"""One token of matrices that write a window of tokens, between a layer's projections, compiled for the CPU.
+
+Tensors come as in `step_kernels`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from remanence.ops.chunk_kernels import copy_row, dot, fill
+from remanence.ops.compiled import jit, summing
+from remanence.ops.step_kernels import activate, add, at, convolve, keep_last, normalise, sigmoid, unit
+
+LANES = 32
+
+
+@jit
+def _lift(x, factors, degrees, shares, roots, padded, out):
+    """out_f = roots[degree_f] · share_f · Π x over the factors of f; x itself where nothing is to be lifted."""
+    width = x.shape[0]
+    if not factors.shape[0]:
+        copy_row(x, out)
+        return
+    copy_row(x, padded[:width])
+    padded[width] = 1
+    for f in range(out.shape[0]):
+        product = roots[degrees[f]] * shares[f]
+        for i in range(factors.shape[1]):
+            product *= padded[factors[f, i]]
+        out[f] = product
+
+
+@summing
+def _four(row, a, b, c, d):
+    """row · a, row · b, row · c, row · d, of one look at the row."""
+    zero = row.dtype.type(0)
+    i, j, k, l = zero, zero, zero, zero
+    for f in range(row.shape[0]):
+        x = row[f]
+        i += x * a[f]
+        j += x * b[f]
+        k += x * c[f]
+        l += x * d[f]
+    return i, j, k, l
+
+
+@jit
+def _errors(row, keys, errors):
+    """errors −= what the row says at each key."""
+    count = keys.shape[0]
+    whole = count - count % 4
+    for i in range(0, whole, 4):
+        a, b, c, d = _four(row, keys[i], keys[i + 1], keys[i + 2], keys[i + 3])
+        errors[i] -= a
+        errors[i + 1] -= b
+        errors[i + 2] -= c
+        errors[i + 3] -= d
+    for i in range(whole, count):
+        errors[i] -= dot(row, keys[i])
+
+
+@jit
+def _write(errors, keys, row):
+    """row += Σ_i errors_i keys_i, four at a time."""
+    count = keys.shape[0]
+    whole = count - count % 4
+    for i in range(0, whole, 4):
+        a, b, c, d = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+        e0, e1, e2, e3 = errors[i], errors[i + 1], errors[i + 2], errors[i + 3]
+        for f in range(row.shape[0]):
+            row[f] += e0 * a[f] + e1 * b[f] + e2 * c[f] + e3 * d[f]
+    for i in range(whole, count):
+        add(keys[i], errors[i], row)
+
+
+@jit
+def window_token(
+    one, mixes, gates, taps, tails, shares, roots, weights, opens, starts, momenta, keys, values, ys, afters,
+    next_momenta, next_keys, next_values, ends, factors, degrees,
+    B, H, K, F, V, c, depth, width, decays, moves, squared, most, bound, small, kind, eps,
+):  # fmt: skip
+    """W' = a W + S', S' = η S + Σ_j θ γ_j (v_j − W k_j) k_jᵀ over the last c keys, y = W' q; `squared`, or without W k.
+
+    Mixed [B, 2·H·K + H·V] passes a convolution and SiLU; queries and keys a norm to unit length, and features of
+    `depth` factors each, where there are any. Gates [B, H · (decays + 1 + moves + c)] are logits, those of the window
+    only for c > 1; θ is `most` of its share, and each θγ at most `bound`/(c‖k‖²), unless that is 0. Momenta may be
+    absent. W [B, H, V, F]; the window's keys [B, H, c − 1, F] and values. What is read passes a norm and a gate.
+    """
+    D, own = 2 * H * K + H * V, decays + 1 + moves
+    G = H * (own + (c if c > 1 else 0))
+    mixed, gate, y = at(one, mixes, (B, D)), at(one, gates, (B, G)), at(one, ys, (B, H, V))
+    tap, tail, after = at(one, taps, (D, width)), at(one, tails, (B, width - 1, D)), at(one, afters, (B, width - 1, D))
+    start, W = at(one, starts, (B, H, V, F)), at(one, ends, (B, H, V, F))
+    held, S = at(one, momenta, (B, H, V, F)), at(one, next_momenta, (B, H, V, F))
+    old_k, old_v = at(one, keys, (B, H, c - 1, F)), at(one, values, (B, H, c - 1, V))
+    new_k, new_v = at(one, next_keys, (B, H, c - 1, F)), at(one, next_values, (B, H, c - 1, V))
+    lifted = F if factors else 0
+    factor, degree = at(np.int64(0), factors, (lifted, depth)), at(np.int64(0), degrees, (lifted,))
+    share, root = at(one, shares, (lifted,)), at(one, roots, (depth + 1,))
+    wide = -(-F // LANES) * LANES  # whole vectors: a remainder number by number would take as long as all the rest
+    row, padded, buffer = np.empty(D, y.dtype), np.empty(K + 1, y.dtype), np.zeros(wide, y.dtype)
+    query, near, told = np.zeros(wide, y.dtype), np.zeros((c, wide), y.dtype), np.empty((c, V), y.dtype)
+    much, errors = np.empty(c, y.dtype), np.empty(c, y.dtype)
+    for b in range(B):
+        fill(row, 0)
+        convolve(tap, tail[b], mixed[b], row, after[b])
+        activate(row)
+        logits = gate[b]
+        for h in range(H):
+            q, k, v = (
+                row[h * K : (h + 1) * K],
+                row[(H + h) * K : (H + h + 1) * K],
+                row[2 * H * K + h * V : 2 * H * K + (h + 1) * V],
+            )
+            unit(q, 1, small)
+            unit(k, 1, small)
+            _lift(q, factor, degree, share, root, padded, query[:F])
+            _lift(k, factor, degree, share, root, padded, near[c - 1, :F])
+            for i in range(c - 1):
+                copy_row(old_k[b, h, i], near[i, :F])
+                copy_row(old_v[b, h, i], told[i])
+            copy_row(v, told[c - 1])
+            keep_last(old_k[b, h], near[c - 1, :F], new_k[b, h])
+            keep_last(old_v[b, h], v, new_v[b, h])
+            keep = sigmoid(logits[h]) if decays else one
+            theta = y.dtype.type(most) * sigmoid(logits[decays * H + h])
+            push = sigmoid(logits[(decays + 1) * H + h]) if moves else y.dtype.type(0)
+            theta *= one - push
+            for i in range(c):
+                by = theta * sigmoid(logits[own * H + h * c + c - 1 - i]) if c > 1 else theta
+                if bound:
+                    by = min(by, (one - push) * y.dtype.type(bound / c) / (dot(near[i], near[i]) + y.dtype.type(1e-12)))
+                much[i] = by
+            out = y[b, h]
+            for e in range(V):
+                for i in range(c):
+                    errors[i] = told[i, e]
+                copy_row(start[b, h, e], buffer[:F])
+                if squared:
+                    _errors(buffer, near, errors)
+                for i in range(c):
+                    errors[i] *= much[i]
+                if moves:
+                    past, before = held[b, h, e], start[b, h, e]
+                    for f in range(F):
+                        buffer[f] = push * past[f]
+                    _write(errors, near, buffer)
+                    copy_row(buffer[:F], S[b, h, e])
+                    for f in range(F):
+                        buffer[f] += keep * before[f]
+                else:
+                    for f in range(wide):
+                        buffer[f] *= keep
+                    _write(errors, near, buffer)
+                copy_row(buffer[:F], W[b, h, e])
+                out[e] = dot(buffer, query)
+    normalise(one, ys, weights, 0, opens, ys, B * H, V, 1, False, kind, 1 / V, eps)
