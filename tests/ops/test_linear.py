@@ -97,6 +97,16 @@ def test_what_the_kernels_cannot_take_goes_to_pytorch(products, as_shipped):
     assert len(products) == 6
 
 
+def test_of_no_tokens():
+    panel = panels(torch.float64, 1)
+    x, weight = torch.randn(2, 0, panel, dtype=torch.float64), torch.randn(panel, panel, dtype=torch.float64)
+    weight.requires_grad_()
+    y = linear(x, weight)
+    assert y.shape == (2, 0, panel)
+    (found,) = torch.autograd.grad(y.sum(), weight)
+    assert torch.equal(found, torch.zeros_like(weight))
+
+
 def test_the_threads_do_not_matter():
     panel = panels(torch.float32, 4)
     x, weight = torch.randn(3000, panel), torch.randn(panel, panel)

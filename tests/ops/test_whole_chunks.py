@@ -1,5 +1,7 @@
 import pytest
 import torch
+from numba.core.runtime import _nrt_python as nrt
+from numba.core.runtime import rtsys
 
 from remanence.ops import dispatch, whole_chunks
 from remanence.ops.fast_weight import fast_weight, fast_weight_state
@@ -120,3 +122,24 @@ def test_whole_chunks_stay_together(length, phase, most):
     assert all(edge % C == 0 for edge in edges)
     assert len(sizes) <= len(piece_sizes(length, phase, C))
     assert all(size <= max(most, C) for size in sizes)
+
+
+@pytest.mark.parametrize("read", ["after", "anchor"])
+def test_what_the_kernels_take_they_give_back(read):
+    """Most of them count no references; one that nobody counts down would be memory lost at every chunk."""
+    run, leaves = titans(19, 2, True, True, True, thresholds=True, objective=Huber("norm"), read=read)
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def once():
+        torch.autograd.grad(run(*leaves)[0].sum(), leaves, allow_unused=True)
+
+    once()  # compiles
+    nrt.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        once()
+        after = rtsys.get_allocation_stats()
+    finally:
+        nrt.memsys_disable_stats()
+    assert after.mi_alloc > before.mi_alloc
+    assert after.mi_alloc - before.mi_alloc == after.mi_free - before.mi_free

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
@@ -29,9 +30,9 @@ def through_modes(
     if x.shape[1] == 1 and steps.worth(x, state["h"]):
         y, now = shared_token(x, a, scale, B, C, D, state["h"], times)
         return y, {"h": now}
-    u = torch.view_as_complex(F.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))
+    u = torch.view_as_complex(ops.linear(x, B.flatten(0, 1)).unflatten(-1, (-1, 2)))
     h, state = complex_scan(a, scale * u, state)
-    y = F.linear(torch.view_as_real(h).flatten(-2), (C * C.new_tensor([times, -times])).flatten(-2))
+    y = ops.linear(torch.view_as_real(h).flatten(-2), (C * C.new_tensor([times, -times])).flatten(-2))
     return torch.addcmul(y, D, x), state
 
 

@@ -84,8 +84,8 @@ def token_shift(x: Tensor, last: Tensor, mix: Tensor) -> tuple[tuple[Tensor, ...
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`; of linear maps without hooks at once, since a module's call costs an eighth of its product."""
-    if unhooked(layer):
+    """`layer(x)`; of one token by linear maps without hooks at once: a module's call costs an eighth of its product."""
+    if x.shape[1] == 1 and unhooked(layer):
         if type(layer) in (nn.Linear, Linear):
             own = layer._parameters
             return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]

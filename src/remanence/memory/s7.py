@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
@@ -80,5 +81,5 @@ class S7(Memory):
         written = torch.einsum("btr,btrn->btn", write, wide(self.B(x)).unflatten(-1, (self.rank, -1)))
         h, state = complex_scan(bounded(wide(self.Lambda) + moved), written + beta, state)
         seen = (read[..., None] * h[..., None, :]).flatten(-2)
-        y = (F.linear(seen, wide(self.C.weight)) + D * wide(x)).to(x.dtype)
+        y = (ops.linear(seen, wide(self.C.weight)) + D * wide(x)).to(x.dtype)
         return self.gate(F.gelu(y)).sigmoid() * y, state

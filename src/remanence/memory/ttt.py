@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from remanence import ops
 from remanence.catalogue import card
 from remanence.memory.bare import bare
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
 from remanence.memory.parts import ShortConv, merge, per_head, split, wide
 from remanence.ops.decay import second_order
+from remanence.ops.linear import input_gradient, weight_gradient
 from remanence.ops.phases import joined
 from remanence.ops.ttt import ttt, ttt_state
 from remanence.state import State, tree_map
@@ -150,7 +152,7 @@ class TTTLinear(Memory):
         if self.heads % 2 or not self.lean(x, self.qkv):
             return [self.qkv(x).chunk(3, -1)]
         halves = self.qkv.weight.unflatten(0, (6, -1)).unbind()
-        return [tuple(F.linear(x, W) for W in halves[i::2]) for i in range(2)]
+        return [tuple(ops.linear(x, W) for W in halves[i::2]) for i in range(2)]
 
     def turn(self, device: torch.device) -> Tensor:
         """Cosines and sines of the rotary angles at every place in a chunk [chunk, 2, K/2], in float64."""
@@ -185,15 +187,16 @@ class _Readout(torch.autograd.Function):
             return *second_order(ctx.needs_input_grad[:4], plain, ctx.saved_tensors, grads), None
         grad = grads[0]
         normed, mean, inverse = torch.native_layer_norm(y, scale.shape, scale, shift, ctx.eps)
-        d_weight = grad.flatten(0, 1).mT @ normed.flatten(0, 1)
+        d_weight = weight_gradient(grad.flatten(0, 1), normed.flatten(0, 1))
         del normed
         backward = torch.ops.aten.native_layer_norm_backward
-        found = backward(grad @ weight, y, scale.shape, mean, inverse, scale, shift, [True] * 3)
+        d_normed = input_gradient(grad.flatten(0, 1), weight).view_as(y)
+        found = backward(d_normed, y, scale.shape, mean, inverse, scale, shift, [True] * 3)
         return *found, d_weight, None
 
 
 def _readout(y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.linear(F.layer_norm(y, scale.shape, scale, shift, eps), weight)
+    return ops.linear(F.layer_norm(y, scale.shape, scale, shift, eps), weight)
 
 
 @card(

@@ -23,9 +23,15 @@ from torch import Tensor
 
 from remanence.ops.decay import FLOOR
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, _nrt=True)
+summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, _nrt=True)
 """Like `jit`, for sums along a vector: in which order is left to the compiler, so that it can vectorise them."""
+borrowing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, _nrt=False)
+"""Like `jit`, for what neither makes nor returns an array: it counts no references to those that it is given or takes
+parts of, which would cost as much as a row of 64 numbers. What it calls must not return arrays either, since nobody
+would count them down again."""
+within = numba.njit(inline="always")
+"""For what `borrowing` functions call to have a part of an array."""
 
 _FLOOR, _LOG2E, _ONE, _HALF = np.float32(FLOOR), np.float32(1 / math.log(2)), np.float32(1), np.float32(0.5)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, matrix, multiply, multiply_add, put, take, total
-from remanence.ops.compiled import jit, summing
+from remanence.ops.chunk_kernels import copy, copy_row, dot, fill, multiply, multiply_add, put, take, total
+from remanence.ops.compiled import borrowing, jit, summing, within
 from remanence.ops.gelu_kernels import gelu, gelu_bend
 from remanence.ops.objective_kernels import DOT, HUBER, HUBER_MIXED, slope, slope_backward
 from remanence.ops.product_kernels import gemm
@@ -30,9 +30,10 @@ BEFORE, AFTER, ANCHOR = 0, 1, 2
 """When queries read; the first two are also the row of M that the first query sees."""
 
 
-@jit
+@within
 def _at(buffer, offset, rows, columns):
-    return matrix(buffer[offset:], rows, columns)
+    """A contiguous matrix within a flat buffer."""
+    return buffer[offset : offset + rows * columns].reshape(rows, columns)
 
 
 @jit
@@ -48,13 +49,13 @@ def plan(widths, bias, R, N):
     return P
 
 
-@jit
+@borrowing
 def _ones(P, X):
     """Fill the inputs of the biases, and with them all else, once."""
     fill(X[: P[P.shape[0] - 1, 3]], 1.0)
 
 
-@jit
+@borrowing
 def _standardise(h, unit, inverse):
     """h with mean 0 and variance 1 by row, and one over its deviation."""
     n, width = h.shape
@@ -70,7 +71,7 @@ def _standardise(h, unit, inverse):
             to[d] *= by
 
 
-@jit
+@borrowing
 def _inner(P, C, N, kind, met, bent, loss, number, bends, norm, W, target, X, H, D, G, B, unit, inverse, error, slopes):
     """The gradient of every token: inputs X, hidden H, slopes G, what comes back before the slope B, gradients D.
 
@@ -119,7 +120,7 @@ def _inner(P, C, N, kind, met, bent, loss, number, bends, norm, W, target, X, H,
         multiply(b, rise, _at(D, P[l - 1, 4], C, P[l - 1, 1]))
 
 
-@jit
+@borrowing
 def _grown(P, C, X, D, i):
     """The layer whose ‖u‖ / √out is the greatest, and that."""
     layer, most = 0, D[0] * 0
@@ -131,7 +132,7 @@ def _grown(P, C, X, D, i):
     return layer, most
 
 
-@jit
+@borrowing
 def _steps(P, C, X, D, loss, error, slopes, step, most, bounded, theta, square, along):
     """θ: what was asked for, at most `most` ⟨e, ∂ℓ/∂f⟩ / ‖u‖²; without an error to mend `most` over what grows most."""
     copy_row(step, theta[:C])
@@ -152,7 +153,7 @@ def _steps(P, C, X, D, loss, error, slopes, step, most, bounded, theta, square, 
         theta[i] = min(theta[i], most[i] * along[i] / square[i])
 
 
-@jit
+@borrowing
 def _rule(C, averages, given, momentum, A, E, K):
     """A, E and K of a chunk, from a_t and η_t, or from c_t; their first rows and what is above the diagonal stand."""
     for t in range(C):
@@ -177,7 +178,7 @@ def _rules(C, dtype):
     return gates, rules, M
 
 
-@jit
+@borrowing
 def _rule_backward(C, averages, given, momentum, A, E, K, d_A, d_E, d_K, d_given, d_momentum):
     """From d_A, d_K and d_E, of the last row of E alone, to those of a and η, or of c; uses up d_E and d_K."""
     d_last = d_A[0] * 0
@@ -197,7 +198,7 @@ def _rule_backward(C, averages, given, momentum, A, E, K, d_A, d_E, d_K, d_given
         d_last *= a
 
 
-@jit
+@borrowing
 def _write(C, K, theta, M, F):
     """M = K diag(θ) and F, without the other's column."""
     for t in range(1, C + 1):
@@ -207,7 +208,7 @@ def _write(C, K, theta, M, F):
             to[i] = row[i] * theta[i]
 
 
-@jit
+@borrowing
 def _scaled(R, x, first, second, out):
     """[first ∘ x | second ∘ x], or without the second."""
     n, width = x.shape
@@ -221,7 +222,7 @@ def _scaled(R, x, first, second, out):
                 to[d] = a * from_[d]
 
 
-@jit
+@borrowing
 def _read(P, C, R, kind, met, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
     """What the queries, the inputs of Z's first layer, find: the outputs Q of every layer. met: Q is known already."""
     L = P.shape[0] - 1
@@ -239,7 +240,7 @@ def _read(P, C, R, kind, met, retain, push, W, X, D, M, Z, ZZ, Q, G, scores):
             gelu(kind, q, _at(Z, P[l + 1, 3], C, P[l + 1, 0]), _at(G, P[l, 4], C, P[l, 1]))
 
 
-@jit
+@borrowing
 def _carry(P, C, R, kept, last, tails, X, D, wide, W):
     """The weights and momentum after the chunk. kept: A and F of the last token, and the momentum's own."""
     a, f, keep = kept[0], kept[1], kept[2]
@@ -261,7 +262,7 @@ def _carry(P, C, R, kept, last, tails, X, D, wide, W):
         gemm(-1.0, _at(D, P[l, 4], C, P[l, 1]), True, both, False, 1.0, w)
 
 
-@jit
+@borrowing
 def _turned(turn, sign, rows):
     """Turn feature pairs (j, j + K/2) of token i by ± the angle whose cosine and sine are turn[i, :, j], if any."""
     sign = rows.dtype.type(sign)
@@ -274,7 +275,7 @@ def _turned(turn, sign, rows):
             row[half + d] = sign * a * sin[d] + b * cos[d]
 
 
-@jit
+@borrowing
 def _take(x, at, b, h, first, width, turn, out):
     """`take` into the leading columns of out, and turn."""
     origin = b * at[0] + h * at[1] + first * at[2]
@@ -283,7 +284,7 @@ def _take(x, at, b, h, first, width, turn, out):
     _turned(turn, 1, out)
 
 
-@jit
+@borrowing
 def _finish(norm, residual, q, z, unit, inverse, y):
     """y = [q +] [the norm of] z."""
     for i in range(z.shape[0]):
@@ -302,7 +303,7 @@ def _finish(norm, residual, q, z, unit, inverse, y):
                 to[d] += from_[d]
 
 
-@jit
+@borrowing
 def _tokens(x, at, b, h, first, out):
     """Copy tokens of a gate into out."""
     origin = b * at[0] + h * at[1] + first * at[2]
@@ -310,7 +311,7 @@ def _tokens(x, at, b, h, first, out):
         out[i] = x[origin + i * at[2]]
 
 
-@jit
+@borrowing
 def _learn(
     P, C, N, R, kind, bounded, averages, loss, number, met, bent, norm, b, h, t, q, q_at, k, k_at, v, v_at, step,
     step_at, most, most_at, bend, bend_at, given, given_at, momentum, momentum_at, turn, residual, width, target, W, X,
@@ -414,7 +415,7 @@ def _kept_backward(a, f, keep, row, momentum, d_row, d_momentum):
     return of_a, of_f, of_keep
 
 
-@jit
+@borrowing
 def _carry_backward(P, C, R, kept, last, tails, W, X, D, wide, d_W, d_X, d_D, d_last, d_tails, d_kept):
     """Set d_X, d_D; add to d_last, d_tails (of m and s) and d_kept; d_W from that after the chunk to that before."""
     a, f, keep = kept[0], kept[1], kept[2]
@@ -451,7 +452,7 @@ def _carry_backward(P, C, R, kept, last, tails, W, X, D, wide, d_W, d_X, d_D, d_
                 d_row[d] *= a
 
 
-@jit
+@borrowing
 def _read_backward(
     P, C, R, retain, push, W, X, D, M, Z, ZZ, GQ, wide, scores, rates, d_W, d_X, d_D, d_M, d_Z, d_Q, d_retain, d_push
 ):  # fmt: skip
@@ -488,7 +489,7 @@ def _read_backward(
             multiply(d_z, _at(GQ, P[l - 1, 4], C, P[l - 1, 1]), _at(d_Q, P[l - 1, 4], C, P[l - 1, 1]))
 
 
-@jit
+@borrowing
 def _finish_backward(norm, z, unit, inverse, d_y, d_z, d_norm):
     """Of the norm alone: from d_y to d_z, and, added, d_norm."""
     _standardise(z, unit, inverse)
@@ -504,7 +505,7 @@ def _finish_backward(norm, z, unit, inverse, d_y, d_z, d_norm):
             to[d] = (to[d] - mean - u[d] * along) * by
 
 
-@jit
+@borrowing
 def _steps_backward(
     P, C, X, D, loss, step, most, theta, square, along, bounded, d_theta, d_step, d_most, d_X, d_D, d_along
 ):  # fmt: skip
@@ -534,7 +535,7 @@ def _steps_backward(
                 d_delta[d] += of_delta * delta[d]
 
 
-@jit
+@borrowing
 def _inner_backward(
     P, C, N, R, kind, loss, number, bends, norm, W, X, H, D, G, B, unit, inverse, error, slopes, d_W, d_X, d_D,
     d_H, d_E, d_along, d_bends, d_norm, d_target,
@@ -752,7 +753,7 @@ def backward(
             put(d_v, d_v_at, b, h, t, d_target)
 
 
-@jit
+@borrowing
 def _put(x, at, b, h, first, width, turn, rows):
     """`put` of the leading columns, turned back; alters them."""
     _turned(turn, -1, rows)
@@ -761,7 +762,7 @@ def _put(x, at, b, h, first, width, turn, rows):
         copy_row(rows[i, :width], x[origin + i * at[2] : origin + i * at[2] + width])
 
 
-@jit
+@borrowing
 def _put_tokens(x, at, b, h, first, values):
     origin = b * at[0] + h * at[1] + first * at[2]
     for i in range(values.shape[0]):

@@ -26,19 +26,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not (compiled(x) and _fits(x, weight)):
         return F.linear(x, weight, bias)
-    y = _Compiled.apply(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], len(weight))
-    return y if bias is None else y + bias
+    y = _Compiled.apply(x.reshape(-1, x.shape[-1]), weight)
+    y = y if bias is None else y.add_(bias)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.float64) or weight.ndim != 2:
-        return False
+    """Whether the kernels take x Wᵀ."""
     if x.shape[-1] != weight.shape[1] or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch._C._are_functorch_transforms_active():
+    return not torch._C._are_functorch_transforms_active() and _suits(x, weight, *weight.shape)
+
+
+def _suits(x: Tensor, y: Tensor, *widths: int) -> bool:
+    """Whether the kernels take such numbers, and panels of them."""
+    if x.dtype != y.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
     panel = _panel(x.dtype)
-    return panel > 0 and not (weight.shape[0] % panel or weight.shape[1] % panel)
+    return panel > 0 and not any(width % panel for width in widths)
 
 
 @cache
@@ -59,21 +64,31 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from remanence.ops import linear_kernels as kernels
-        from remanence.ops.compiled import spread
-
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             return second_order(ctx.needs_input_grad, F.linear, (x, weight), grads)
-        d_y, d_weight = _contiguous_rows(grads[0]), None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
-            high, wide = HIGH, WIDE if d_weight.numel() > 2 * HIGH * WIDE else WIDE // 2
-            parts = -(-weight.shape[0] // high) * -(-weight.shape[1] // wide)
-            spread(
-                kernels.slopes, parts, x.numel(), high, wide, d_y.numpy(), _contiguous_rows(x).numpy(), d_weight.numpy()
-            )
-        return _product(d_y, weight, False) if ctx.needs_input_grad[0] else None, d_weight
+        d_y, (of_x, of_weight) = _contiguous_rows(grads[0]), ctx.needs_input_grad[:2]
+        d_weight = weight_gradient(d_y, x) if of_weight else None
+        return input_gradient(d_y, weight) if of_x else None, d_weight
+
+
+def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
+    """d_y W: of y = x Wᵀ, from its gradient to that of x. Shapes: [tokens, out], [out, in] -> [tokens, in]."""
+    return _product(d_y, weight, False) if compiled(d_y) and _suits(d_y, weight, weight.shape[1]) else d_y @ weight
+
+
+def weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
+    """d_yᵀ x, the gradient of W. Shapes: [tokens, out], [tokens, in] -> [out, in]."""
+    if not (compiled(x) and len(x) and _suits(d_y, x, d_y.shape[1], x.shape[1])):
+        return d_y.mT @ x
+    from remanence.ops import linear_kernels as kernels
+    from remanence.ops.compiled import spread
+
+    d_y, x, out = _contiguous_rows(d_y), _contiguous_rows(x), x.new_empty(d_y.shape[1], x.shape[1])
+    wide = WIDE if out.numel() > 2 * HIGH * WIDE else WIDE // 2
+    parts = -(-out.shape[0] // HIGH) * -(-out.shape[1] // wide)
+    spread(kernels.slopes, parts, x.numel(), HIGH, wide, d_y.numpy(), x.numpy(), out.numpy())
+    return out
 
 
 def _product(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
@@ -83,12 +98,11 @@ def _product(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
 
     x, out = _contiguous_rows(x), x.new_empty(len(x), weight.shape[0 if turned else 1])
     rows = ROWS if len(x) >= 4 * ROWS else max(32, -(-len(x) // 4))
-    spread(
-        kernels.multiply, -(-len(x) // rows), x.numel(), rows, x.numpy(), weight.detach().numpy(), turned, out.numpy()
-    )
+    factors = x.numpy(), _contiguous_rows(weight).numpy()
+    spread(kernels.multiply, -(-len(x) // rows), x.numel(), rows, *factors, turned, out.numpy())
     return out
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
     x = x.detach()
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    return x if x.stride(1) == 1 and (x.stride(0) >= x.shape[1] or len(x) < 2) else x.contiguous()
