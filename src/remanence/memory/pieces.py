@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from remanence.memory.linear import Products
+from remanence.memory.linear import Products, Sum
 from remanence.ops.decay import second_order
 from remanence.state import State, flatten, tree_map
 
@@ -68,6 +69,9 @@ def _one_by_one(
     return y, state
 
 
+Piece = tuple[Tensor, State, list[Tensor]]
+
+
 class _Reading:
     """A module, its pieces, its weights by name, and states for their form: before (None: none is given) and after."""
 
@@ -81,17 +85,26 @@ class _Reading:
         count = len(tensors) - len(self.weights)
         return None if self.before is None else _filled(self.before, tensors[:count]), tensors[count:]
 
-    def graph(self, x: Tensor, state: State | None) -> tuple[Tensor, State, list[Tensor]]:
+    def graph(self, x: Tensor, state: State | None) -> Piece:
         """What one piece gives, and the leaves that stand for its input and the state before it."""
         x, before = _leaf(x), None if state is None else tree_map(_leaf, state)
         with torch.enable_grad():
             y, after = self.module(x, before)
         return y, after, [x, *flatten(before or {}).values()]
 
-    def again(self, x: Tensor, state: State | None, products: Products) -> tuple[Tensor, State, list[Tensor]]:
-        """The same for the second time, with the products of the first; without them if it is another reading."""
+    def first(self, x: Tensor, state: State | None, products: Products) -> tuple[Tensor, State]:
+        """What one piece gives, without a graph; where products are kept, by the code that makes one."""
+        if self.keeps:
+            with products.first():
+                y, after, _ = self.graph(x, state)
+        else:
+            y, after = self.module(x, state)
+        return y.detach(), tree_map(Tensor.detach, after)
+
+    def second(self, x: Tensor, state: State | None, products: Products, sums: Sequence[Sum]) -> Piece:
+        """The piece with its graph, from the products of the first reading unless this one calls for others."""
         random = torch.get_rng_state()
-        with products.reading():
+        with products.second(sums):
             found = self.graph(x, state)
         if products.complete:
             return found
@@ -123,28 +136,23 @@ def _leaf(t: Tensor) -> Tensor:
 class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reading: _Reading, x: Tensor, *tensors: Tensor) -> Any:
-        (state, _), piece, y = reading.parts(tensors), reading.piece, None
-        ctx.reading, ctx.states, ctx.random, ctx.products = reading, [], [], []
+        (state, weights), piece, y = reading.parts(tensors), reading.piece, None
+        ctx.reading, ctx.before, ctx.sums = reading, [], [Sum(w) for w in weights]
         parts = x.split(piece, 1)
         for i, part in enumerate(parts):
-            ctx.states.append(state)
-            ctx.random.append(torch.get_rng_state())
             products = Products()
+            ctx.before.append((state, torch.get_rng_state(), products))
             if i == len(parts) - 1:  # comes first in the backward pass
-                ctx.last = reading.graph(part, state)
-                out, state = ctx.last[:2]
-            elif reading.keeps:  # with its graph, since what is computed may depend on whether there is one
-                with products.reading():
-                    out, state, _ = reading.graph(part, state)
+                ctx.last = reading.second(part, state, products, ctx.sums)
+                out, state = ctx.last[0].detach(), tree_map(Tensor.detach, ctx.last[1])
             else:
-                out, state = reading.module(part, state)
-            out, state = out.detach(), tree_map(Tensor.detach, state)
+                out, state = reading.first(part, state, products)
             y = out.new_empty(*x.shape[:2], *out.shape[2:]) if y is None else y
             here = y.detach()[:, i * piece : (i + 1) * piece]
             here.data.copy_(out)  # which the versions of what is kept do not count
             products.close(out, here)
-            ctx.products.append(products)
-        reading.after = tree_map(Tensor.detach, state or {})
+            del out
+        reading.after = state or {}
         after = [*flatten(reading.after).values()]
         ctx.save_for_backward(x, *tensors)
         ctx.mark_non_differentiable(*[t for t in after if not _varies(t)])
@@ -155,20 +163,18 @@ class _Pieces(torch.autograd.Function):
         reading: _Reading = ctx.reading
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(ctx.random[0])
+            with _random(ctx.before[0][1]):
                 needed, inputs = ctx.needs_input_grad[1:], [x, *tensors]
                 return None, *second_order(needed, reading.plain, inputs, [d_y, *d_after])
         _, weights = reading.parts(tensors)
+        last, sums, ctx.last, ctx.sums = ctx.last, ctx.sums, None, [Sum(w) for w in weights]
         d_x = torch.empty_like(x) if _varies(x) else None
         d_state: Sequence[Tensor | None] = d_after
-        d_weights: list[Tensor | None] = [None] * len(weights)
-        last, ctx.last = ctx.last, None
-        for i in range(len(ctx.states) - 1, -1, -1):
+        for i in range(len(ctx.before) - 1, -1, -1):
             here = slice(i * reading.piece, (i + 1) * reading.piece)
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(ctx.random[i])
-                y, after, leaves = last or reading.again(x[:, here], ctx.states[i], ctx.products[i])
+            state, random, products = ctx.before[i]
+            with _random(random):
+                y, after, leaves = last or reading.second(x[:, here], state, products, sums)
             last = None
             reached = [(y, d_y[:, here]), *zip(flatten(after).values(), d_state, strict=True)]
             reached = [(out, d) for out, d in reached if d is not None and out.requires_grad]
@@ -179,13 +185,18 @@ class _Pieces(torch.autograd.Function):
             if d_x is not None:
                 d_x[:, here] = 0 if of_leaves[0] is None else of_leaves[0]
             d_state = of_leaves[1:]
-            d_weights = [_sum(d, new) for d, new in zip(d_weights, found, strict=True)]
+            for each, new in zip(sums, found, strict=True):
+                each.add(new)
             del y, after, leaves, reached, wanted, outs, grads, found, of_leaves  # before the next piece needs the room
-        return None, d_x, *d_state, *d_weights
+        return None, d_x, *d_state, *[each.total for each in sums]
 
 
-def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """Into `total`, where there are both."""
-    if total is None or new is None:
-        return new if total is None else total
-    return total.add_(new)
+@contextmanager
+def _random(state: Tensor) -> Iterator[None]:
+    """With this state of the generator, and afterwards again with the one from before."""
+    now = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(now)
