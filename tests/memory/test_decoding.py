@@ -18,7 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
-    "dot", "swdt", "tcnca", "test-time-regression", "omega-delta", "swla",
+    "dot", "swdt", "tcnca", "test-time-regression", "omega-delta", "swla", "ckconv", "ckconv-block",
 ]  # fmt: skip
 
 
@@ -111,6 +111,7 @@ TOKENS = {
     "dot": "coefficients_token", "swdt": "coefficients_token",
     "tcnca": "chunk_token", "test-time-regression": "regression_token",
     "omega-delta": "window_token", "swla": "window_token",
+    "ckconv": "normed_mix",
 }  # fmt: skip
 
 

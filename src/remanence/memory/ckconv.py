@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from remanence.catalogue import card
 from remanence.memory.base import Memory
 from remanence.memory.parts import Derived, wide, zeros
+from remanence.ops import layer_steps, steps
 from remanence.ops.long_conv import basis_conv, long_conv
 from remanence.state import State
 
@@ -93,7 +94,7 @@ class CKConv(Memory):
         self.mix = () if depthwise else (dim,)
         self.net = KernelNet(math.prod((*self.mix, dim)), hidden=hidden, omega=omega)
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.sampled = Derived(self.factors)
+        self.timed, self.sampled = Derived(self.functions), Derived(self.factors)
 
     def at_rate(self, rate: float) -> CKConv:
         """The same convolution (the parameters are shared) for signals sampled `rate` times as finely as in training.
@@ -103,15 +104,16 @@ class CKConv(Memory):
         if not rate > 0:
             raise ValueError(f"CKConv: rate must be above 0, got {rate}.")
         other = copy.copy(self)
-        other.rate, other.sampled, other._form = rate, Derived(other.factors), None
+        other.rate, other._form = rate, None
+        other.timed, other.sampled = Derived(other.functions), Derived(other.factors)
         return other
 
     @property
     def taps(self) -> int:
         return int((self.horizon - 1) * self.rate) + 1
 
-    def factors(self, *_: Tensor) -> tuple[Tensor, Tensor]:
-        """The functions of time [hidden + 1, taps] at this rate, and their share in each kernel [..., hidden + 1]."""
+    def functions(self, *_: Tensor) -> Tensor:
+        """The functions of time [hidden + 1, taps] at this rate, the last of them constant."""
         lag = torch.arange(self.taps, dtype=torch.float64, device=self.bias.device)
         position = 1 - lag * (2 / (max(self.horizon - 1, 1) * self.rate))
         basis = F.pad(self.net.sines(position.to(wide(self.bias))), (0, 1), value=1.0).mT / self.rate
@@ -121,10 +123,14 @@ class CKConv(Memory):
             blur = torch.softmax(-2 * near.square(), 0)
             inside = F.conv1d(basis[:, None], blur[None, None])[:, 0]
             basis = torch.cat([basis[:, :reach], inside, basis[:, -reach:]], 1)
+        return basis
+
+    def factors(self, *_: Tensor) -> tuple[Tensor, Tensor]:
+        """These functions, and their share in each kernel [..., hidden + 1]."""
         last = self.net[-1]
         assert isinstance(last, NormedLinear)
         weight = torch.cat([last.scaled(), wide(last.bias)[:, None]], 1)
-        return basis, weight.unflatten(0, (*self.mix, self.dim))
+        return self.functions(), weight.unflatten(0, (*self.mix, self.dim))
 
     def kernel(self) -> Tensor:
         """[dim, dim, taps], or [dim, taps] where depthwise."""
@@ -140,12 +146,24 @@ class CKConv(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
+        if self.mix and x.shape[1] == 1 and steps.worth(x, state["tail"]):
+            return self._token(x, state["tail"])
         basis, weight = self.sampled(*self.net.parameters())
         if self.mix:
             y, state = basis_conv(wide(x), basis, weight, state)
         else:
             y, state = long_conv(wide(x), weight @ basis, state)
         return (y + wide(self.bias)).to(x.dtype), state
+
+    def _token(self, x: Tensor, tail: Tensor) -> tuple[Tensor, State]:
+        """`basis_conv` by the weights as they are: to see whether they are still the same would take longer."""
+        *first, last = self.net
+        assert isinstance(last, NormedLinear)
+        seen = torch.cat([tail, x], 1)
+        basis = self.timed(*(p for layer in first for p in layer.parameters()))
+        found = seen.mT @ basis.to(seen.dtype).flip(-1).mT
+        y = layer_steps.normed_mix(found, last.weight, last.gain, last.bias, self.bias)
+        return y, {"tail": seen[:, 1:]}
 
 
 @card(

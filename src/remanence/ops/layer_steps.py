@@ -508,3 +508,17 @@ def window_token(
     told |= {} if moved is None else {"momentum": {"0": moved}}
     told |= {} if new_k is None or new_v is None else {"window": {"key": new_k, "value": new_v}}
     return y, told, after
+
+
+_long_conv = Kernels("long_conv_step_kernels")
+
+
+def normed_mix(found: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, bias: Tensor) -> Tensor:
+    """Σ_d (gain w/‖w‖ · found_d + offset · found_{d,−1}) + bias [B, 1, O]: a weight-normed map read once, as it lies.
+
+    Shapes: found [B, D, N + 1], the last of them of a constant; weight [O·D, N], gain and offset [O·D], bias [O].
+    """
+    (B, D, N), O = found.shape, len(bias)
+    y = found.new_empty(B, 1, O)
+    run(_long_conv.normed_mix, (found, weight, gain, offset, bias, y), B, O, D, N - 1)
+    return y
