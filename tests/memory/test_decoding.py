@@ -18,7 +18,7 @@ STEPPED = [
     "longhorn", "s7", "min-lstm", "min-lstm-gru", "rwkv6", "rwkv7", "hgrn", "hgrn2", "gateloop", "gsa", "lightnet",
     "titans", "ttt", "ttt-mlp", "rwkv", "rwkv-channel-mix", "xlstm-7b", "lightning-attention-tnl", "aaren",
     "lattice", "mesa", "liger", "lizard", "abc", "softmax", "sliding-window", "neighborhood-attention",
-    "dot", "swdt", "tcnca", "test-time-regression", "omega-delta", "swla", "ckconv", "ckconv-block",
+    "dot", "swdt", "tcnca", "test-time-regression", "omega-delta", "swla", "ckconv", "ckconv-block", "memory-caching",
 ]  # fmt: skip
 
 

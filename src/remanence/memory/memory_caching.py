@@ -15,11 +15,12 @@ from remanence.errors import StateError, expect, unknown
 from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
 from remanence.memory.parts import wide, zeros
+from remanence.ops import steps
 from remanence.ops.inner_network import fast_weight_read
 from remanence.ops.phases import piece_sizes
 from remanence.ops.taps import Call, tap
 from remanence.ops.ttt import ttt_read, ttt_weights, turned
-from remanence.state import Form, State, check_state, concat, form, select, tree_map
+from remanence.state import Form, State, check_state, concat, fits, form, select, tree_map
 
 VARIANTS = ("gated", "residual", "soup", "sparse", "average")
 BLOCK = 4
@@ -182,7 +183,11 @@ class MemoryCaching(Memory):
         if not isinstance(inner, dict):
             raise StateError("MemoryCaching: this state belongs to another layer: it has no 'memory'.")
         self.memory.begin(x[:, :0], inner)
-        check_state("MemoryCaching", {n: t for n, t in state.items() if n != "memory"}, self._kept(B, room))
+        kept = {n: t for n, t in state.items() if n != "memory"}
+        if self._form is None or self._form["means"][0][0] != room:
+            self._form = form(self._kept(1, room))
+        if not fits(kept, self._form, B):
+            check_state("MemoryCaching", kept, self._kept(B, room))
         if int(state["pos"].max()) // self.segment > room and self.max_segments is None:
             raise StateError(f"MemoryCaching: a state of {room} segments cannot be at token {int(state['pos'].max())}.")
         return state
@@ -191,6 +196,10 @@ class MemoryCaching(Memory):
         state = self.begin(x, state)
         if not x.shape[1]:
             return self.memory(x, state["memory"])[0], state
+        if x.shape[1] == 1 and steps.worth(x, state["sum"]) and int(state["pos"].max()) + 1 < self.segment:
+            # in the first segment there is nothing else to read, and the memory may take a step of its own
+            y, inner = self.memory(x, state["memory"])
+            return y, {**state, "memory": inner, "sum": state["sum"] + x[:, 0], "pos": state["pos"] + 1}
         phases = (state["pos"] % self.segment).tolist()
         if len(set(phases)) == 1:
             return self._run(x, state, phases[0])
