@@ -173,8 +173,8 @@ class OmegaNet(FastWeightMemory):
             self.diverged({**after, "pos": pos})
         anchor = after["weight"]
         if self.chunk_size > 1:
-            ended = (pos % self.chunk_size == 0)[:, None, None, None]
-            anchor = {"0": torch.where(ended, anchor["0"], net["anchor"]["0"])} if ended.any() else net["anchor"]
+            ended, old = pos % self.chunk_size == 0, net["anchor"]
+            anchor = {"0": torch.where(ended[:, None, None, None], anchor["0"], old["0"])} if ended.any() else old
         return project(self.readout.out, y), {"net": {**after, "anchor": anchor, "pos": pos}, "conv": {"tail": tail}}
 
     def lift(self, *vectors: Tensor) -> list[Tensor]:

@@ -69,7 +69,11 @@ def _write(errors, keys, row):
         e0, e1, e2, e3 = errors[i], errors[i + 1], errors[i + 2], errors[i + 3]
         for f in range(row.shape[0]):
             row[f] += e0 * a[f] + e1 * b[f] + e2 * c[f] + e3 * d[f]
-    for i in range(whole, count):
+    for i in range(whole, count - 1, 2):
+        a, b, e0, e1 = keys[i], keys[i + 1], errors[i], errors[i + 1]
+        for f in range(row.shape[0]):
+            row[f] += e0 * a[f] + e1 * b[f]
+    for i in range(count - count % 2, count):
         add(keys[i], errors[i], row)
 
 
@@ -98,9 +102,10 @@ def window_token(
     factor, degree = at(np.int64(0), factors, (lifted, depth)), at(np.int64(0), degrees, (lifted,))
     share, root = at(one, shares, (lifted,)), at(one, roots, (depth + 1,))
     wide = -(-F // LANES) * LANES  # whole vectors: a remainder number by number would take as long as all the rest
-    row, padded, buffer = np.empty(D, y.dtype), np.empty(K + 1, y.dtype), np.zeros(wide, y.dtype)
+    row, padded = np.empty(D, y.dtype), np.empty(K + 1, y.dtype)
     query, near, told = np.zeros(wide, y.dtype), np.zeros((c, wide), y.dtype), np.empty((c, V), y.dtype)
     much, errors = np.empty(c, y.dtype), np.empty(c, y.dtype)
+    old, made = np.zeros(wide, y.dtype), np.zeros(wide, y.dtype)
     for b in range(B):
         fill(row, 0)
         convolve(tap, tail[b], mixed[b], row, after[b])
@@ -133,25 +138,29 @@ def window_token(
                 much[i] = by
             out = y[b, h]
             for e in range(V):
+                before, now = start[b, h, e], W[b, h, e]
+                if wide > F:
+                    copy_row(before, old[:F])
+                    before, now = old, made
                 for i in range(c):
                     errors[i] = told[i, e]
-                copy_row(start[b, h, e], buffer[:F])
                 if squared:
-                    _errors(buffer, near, errors)
+                    _errors(before, near, errors)
                 for i in range(c):
                     errors[i] *= much[i]
                 if moves:
-                    past, before = held[b, h, e], start[b, h, e]
+                    past = held[b, h, e]
                     for f in range(F):
-                        buffer[f] = push * past[f]
-                    _write(errors, near, buffer)
-                    copy_row(buffer[:F], S[b, h, e])
+                        now[f] = push * past[f]
+                    _write(errors, near, now)
+                    copy_row(now[:F], S[b, h, e])
                     for f in range(F):
-                        buffer[f] += keep * before[f]
+                        now[f] += keep * before[f]
                 else:
                     for f in range(wide):
-                        buffer[f] *= keep
-                    _write(errors, near, buffer)
-                copy_row(buffer[:F], W[b, h, e])
-                out[e] = dot(buffer, query)
+                        now[f] = keep * before[f]
+                    _write(errors, near, now)
+                out[e] = dot(now, query)
+                if wide > F:
+                    copy_row(now[:F], W[b, h, e])
     normalise(one, ys, weights, 0, opens, ys, B * H, V, 1, False, kind, 1 / V, eps)
