@@ -31,49 +31,54 @@ def _lift(x, factors, degrees, shares, roots, padded, out):
 
 
 @summing
-def _four(row, a, b, c, d):
-    """row · a, row · b, row · c, row · d, of one look at the row."""
-    zero = row.dtype.type(0)
-    i, j, k, l = zero, zero, zero, zero
-    for f in range(row.shape[0]):
-        x = row[f]
-        i += x * a[f]
-        j += x * b[f]
-        k += x * c[f]
-        l += x * d[f]
-    return i, j, k, l
-
-
-@jit
 def _errors(row, keys, errors):
-    """errors −= what the row says at each key."""
-    count = keys.shape[0]
-    whole = count - count % 4
-    for i in range(0, whole, 4):
-        a, b, c, d = _four(row, keys[i], keys[i + 1], keys[i + 2], keys[i + 3])
-        errors[i] -= a
-        errors[i + 1] -= b
-        errors[i + 2] -= c
-        errors[i + 3] -= d
+    """errors −= what the row says at each key, of one look at it for eight."""
+    count, zero = keys.shape[0], row.dtype.type(0)
+    whole = count - count % 8
+    for i in range(0, whole, 8):
+        k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+        k4, k5, k6, k7 = keys[i + 4], keys[i + 5], keys[i + 6], keys[i + 7]
+        s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+        for f in range(row.shape[0]):
+            x = row[f]
+            s0 += x * k0[f]
+            s1 += x * k1[f]
+            s2 += x * k2[f]
+            s3 += x * k3[f]
+            s4 += x * k4[f]
+            s5 += x * k5[f]
+            s6 += x * k6[f]
+            s7 += x * k7[f]
+        errors[i] -= s0
+        errors[i + 1] -= s1
+        errors[i + 2] -= s2
+        errors[i + 3] -= s3
+        errors[i + 4] -= s4
+        errors[i + 5] -= s5
+        errors[i + 6] -= s6
+        errors[i + 7] -= s7
     for i in range(whole, count):
         errors[i] -= dot(row, keys[i])
 
 
 @jit
 def _write(errors, keys, row):
-    """row += Σ_i errors_i keys_i, four at a time."""
+    """row += Σ_i errors_i keys_i, eight or two at a time."""
     count = keys.shape[0]
-    whole = count - count % 4
-    for i in range(0, whole, 4):
-        a, b, c, d = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+    whole, even = count - count % 8, count - count % 2
+    for i in range(0, whole, 8):
+        k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+        k4, k5, k6, k7 = keys[i + 4], keys[i + 5], keys[i + 6], keys[i + 7]
         e0, e1, e2, e3 = errors[i], errors[i + 1], errors[i + 2], errors[i + 3]
+        e4, e5, e6, e7 = errors[i + 4], errors[i + 5], errors[i + 6], errors[i + 7]
         for f in range(row.shape[0]):
-            row[f] += e0 * a[f] + e1 * b[f] + e2 * c[f] + e3 * d[f]
-    for i in range(whole, count - 1, 2):
-        a, b, e0, e1 = keys[i], keys[i + 1], errors[i], errors[i + 1]
+            first = e0 * k0[f] + e1 * k1[f] + e2 * k2[f] + e3 * k3[f]
+            row[f] += first + (e4 * k4[f] + e5 * k5[f] + e6 * k6[f] + e7 * k7[f])
+    for i in range(whole, even, 2):
+        k0, k1, e0, e1 = keys[i], keys[i + 1], errors[i], errors[i + 1]
         for f in range(row.shape[0]):
-            row[f] += e0 * a[f] + e1 * b[f]
-    for i in range(count - count % 2, count):
+            row[f] += e0 * k0[f] + e1 * k1[f]
+    for i in range(even, count):
         add(keys[i], errors[i], row)
 
 
@@ -103,8 +108,9 @@ def window_token(
     share, root = at(one, shares, (lifted,)), at(one, roots, (depth + 1,))
     wide = -(-F // LANES) * LANES  # whole vectors: a remainder number by number would take as long as all the rest
     row, padded = np.empty(D, y.dtype), np.empty(K + 1, y.dtype)
-    query, near, told = np.zeros(wide, y.dtype), np.zeros((c, wide), y.dtype), np.empty((c, V), y.dtype)
-    much, errors = np.empty(c, y.dtype), np.empty(c, y.dtype)
+    rows = -(-c // 8) * 8 if c > 2 else c  # keys of zeros change nothing
+    query, near, told = np.zeros(wide, y.dtype), np.zeros((rows, wide), y.dtype), np.empty((c, V), y.dtype)
+    much, errors = np.empty(c, y.dtype), np.zeros(rows, y.dtype)
     old, made = np.zeros(wide, y.dtype), np.zeros(wide, y.dtype)
     for b in range(B):
         fill(row, 0)
