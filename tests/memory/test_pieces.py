@@ -110,6 +110,54 @@ def test_frozen_modules_and_no_gradients():
     assert x.grad is not None
 
 
-def test_an_impossible_piece_is_refused():
+def test_an_impossible_piece_or_choice_is_refused():
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         in_pieces(make("min-lstm", 8), torch.randn(1, 9, 8), piece=0)
+    with pytest.raises(ValueError, match="'states' or 'projections', got 'all'"):
+        in_pieces(make("min-lstm", 8), torch.randn(1, 9, 8), keep="all")
+
+
+def test_states_do_not_keep_what_they_were_taken_from():
+    memory, x = make("min-lstm", 8), torch.randn(1, 40, 8)
+    y, after = in_pieces(memory, x, piece=10)
+    states = [after, *(state for state, _, _ in y.grad_fn.before[1:])]
+    assert [state["h"].untyped_storage().nbytes() for state in states] == [state["h"].nbytes for state in states]
+
+
+class Apart(nn.Module):
+    """Two parameters whose gradients are one tensor, as that of a sum is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(3).double()) for _ in "ab")
+
+    def forward(self, x, state=None):
+        return x * (self.a + self.b), {"last": x[:, -1]}
+
+
+def test_gradients_that_are_one_tensor_are_added_up_apart():
+    module, x = Apart(), torch.randn(1, 12, 3).double()
+    for keep in ("states", "projections"):
+        of_a, of_b = torch.autograd.grad(in_pieces(module, x, piece=3, keep=keep)[0].sum(), list(module.parameters()))
+        torch.testing.assert_close(of_a, x.sum((0, 1)))
+        torch.testing.assert_close(of_b, x.sum((0, 1)))
+
+
+def test_weights_that_are_lent_to_a_module():
+    memory, x = make("min-lstm", 8).double(), torch.randn(1, 9, 8).double()
+    lent = {name: (2 * p.detach()).requires_grad_() for name, p in memory.named_parameters()}
+
+    class Outer(nn.Module):
+        def __init__(self, keep):
+            super().__init__()
+            self.memory, self.keep = memory, keep
+
+        def forward(self, x):
+            return in_pieces(self.memory, x, piece=4, keep=self.keep)[0] if self.keep else self.memory(x)[0]
+
+    found = []
+    for keep in (None, "states", "projections"):
+        y = torch.func.functional_call(Outer(keep), {f"memory.{name}": 1 * p for name, p in lent.items()}, (x,))
+        found.append(torch.autograd.grad(y.square().sum(), list(lent.values())))
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-9, atol=1e-9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from remanence import ops
 from remanence.memory.bare import transparent
-from remanence.ops.dispatch import compiled
-from remanence.ops.linear import _Compiled, _fits
+from remanence.ops.linear import input_gradient, weight_gradient
 
 
 @transparent
@@ -88,6 +86,8 @@ class Products:
 
     def take(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = x.dtype == weight.dtype and not torch._C._are_functorch_transforms_active()
+        # whoever packs saved tensors, as checkpoints do, makes sure that the same are saved again
+        plain = plain and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         if self.at is None:
             y = ops.linear(x, weight, bias)
             assert self.kept is not None
@@ -109,6 +109,10 @@ class Products:
         return [y.contiguous()] if y.shape == shape and y.dtype == dtype and y._version == version else None
 
 
+ROWS = 512
+"""Of a weight, whose gradient is made before it is added: so many need little room."""
+
+
 class Sum:
     """The gradient of a weight over all pieces, added up in place where nobody else can hold the tensor."""
 
@@ -117,13 +121,21 @@ class Sum:
         self.total: Tensor | None = None
         self.own = False
 
-    def add(self, new: Tensor | None, own: bool = False) -> None:
-        if new is None:
-            return
+    def add(self, new: Tensor | None) -> None:
         if self.total is None:
-            self.total, self.own = new, own
-        else:
+            self.total = new
+        elif new is not None:
             self.total, self.own = self.total.add_(new) if self.own else self.total + new, True
+
+    def add_product(self, d_y: Tensor, x: Tensor) -> None:
+        """d_yᵀ x, of [tokens, out] and [tokens, in]."""
+        if self.total is None:
+            self.total, self.own = weight_gradient(d_y, x), True
+        elif not self.own:
+            self.add(weight_gradient(d_y, x))
+        else:
+            for part, d_part in zip(self.total.split(ROWS), d_y.split(ROWS, 1), strict=True):
+                part.add_(weight_gradient(d_part, x))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -142,23 +154,16 @@ class _Known(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.total = total
-        return ops.linear(x, weight, bias) if known is None else known.pop()
+        # without its past as a view, so that whoever asked may alter it in place, as that of any product
+        return ops.linear(x, weight, bias).data if known is None else known.pop()
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = d_y.flatten(0, -2)
-        d_x, d_weight = _slopes(x.flatten(0, -2), weight, rows, ctx.needs_input_grad)
-        if ctx.total is not None:
-            ctx.total.add(d_weight, own=True)
-            d_weight = None
-        d_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return None if d_x is None else d_x.view_as(x), d_weight, d_bias, None, None
-
-
-def _slopes(x: Tensor, weight: Tensor, d_y: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """What `ops.linear` sends back to x [tokens, in] and to the weight, by the same products."""
-    if compiled(x) and _fits(x, weight):
-        d_x, d_weight = _Compiled.backward(SimpleNamespace(saved_tensors=(x, weight), needs_input_grad=needs[:2]), d_y)
-        return d_x, d_weight
-    return d_y @ weight if needs[0] else None, d_y.mT @ x if needs[1] else None
+        (x, weight), (of_x, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        rows, d_weight = d_y.flatten(0, -2), None
+        if of_weight and ctx.total is not None:
+            ctx.total.add_product(rows, x.flatten(0, -2))
+        elif of_weight:
+            d_weight = weight_gradient(rows, x.flatten(0, -2))
+        d_x = input_gradient(rows, weight).view_as(x) if of_x else None
+        return d_x, d_weight, rows.sum(0) if of_bias else None, None, None

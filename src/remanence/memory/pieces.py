@@ -60,13 +60,17 @@ def _one_by_one(
     if x.shape[1] <= piece:
         return module(x, state)
     y = None
-    for start in range(0, x.shape[1], piece):
-        part, state = module(x[:, start : start + piece], state)
+    for here in _slices(x.shape[1], piece):
+        part, state = module(x[:, here], state)
         y = part.new_empty(*x.shape[:2], *part.shape[2:]) if y is None else y
-        y[:, start : start + piece] = part
+        y[:, here] = part
     assert y is not None
     assert state is not None
     return y, state
+
+
+def _slices(time: int, piece: int) -> list[slice]:
+    return [slice(start, start + piece) for start in range(0, time, piece)]
 
 
 Piece = tuple[Tensor, State, list[Tensor]]
@@ -77,19 +81,27 @@ class _Reading:
 
     def __init__(self, module: nn.Module, piece: int, before: State | None, weights: list[str], keeps: bool):
         self.module, self.piece, self.weights, self.keeps = module, piece, weights, keeps
+        self.call: Callable[..., tuple[Tensor, State]] = module
+        self.tensors = _tensors(module)
         self.before = None if before is None else tree_map(Tensor.detach, before)
         self.after: State = {}
 
-    def parts(self, tensors: Sequence[Tensor]) -> tuple[State | None, Sequence[Tensor]]:
+    def given(self, tensors: Sequence[Tensor]) -> tuple[State | None, Sequence[Tensor]]:
         """The state before and the weights, of all that is given beside x."""
         count = len(tensors) - len(self.weights)
         return None if self.before is None else _filled(self.before, tensors[:count]), tensors[count:]
+
+    def renew(self) -> None:
+        """See to it that the module is read with the tensors of the first reading, which were perhaps lent to it."""
+        now = _tensors(self.module)
+        lent = {name: t for name, t in self.tensors.items() if now.get(name) is not t}
+        self.call = (lambda *given: functional_call(self.module, lent, given)) if lent else self.module
 
     def graph(self, x: Tensor, state: State | None) -> Piece:
         """What one piece gives, and the leaves that stand for its input and the state before it."""
         x, before = _leaf(x), None if state is None else tree_map(_leaf, state)
         with torch.enable_grad():
-            y, after = self.module(x, before)
+            y, after = self.call(x, before)
         return y, after, [x, *flatten(before or {}).values()]
 
     def first(self, x: Tensor, state: State | None, products: Products) -> tuple[Tensor, State]:
@@ -99,7 +111,7 @@ class _Reading:
                 y, after, _ = self.graph(x, state)
         else:
             y, after = self.module(x, state)
-        return y.detach(), tree_map(Tensor.detach, after)
+        return y.detach(), tree_map(_own, after)
 
     def second(self, x: Tensor, state: State | None, products: Products, sums: Sequence[Sum]) -> Piece:
         """The piece with its graph, from the products of the first reading unless this one calls for others."""
@@ -113,7 +125,7 @@ class _Reading:
 
     def plain(self, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The whole of it, as a function of all that it depends on."""
-        state, weights = self.parts(tensors)
+        state, weights = self.given(tensors)
         named = dict(zip(self.weights, weights, strict=True))
         y, after = _one_by_one(lambda *given: functional_call(self.module, named, given), x, state, self.piece)
         return y, *flatten(after).values()
@@ -125,6 +137,10 @@ def _filled(form: State, tensors: Sequence[Tensor]) -> State:
     return tree_map(lambda _: next(rest), form)
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def _varies(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
@@ -133,24 +149,28 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(_varies(t))
 
 
+def _own(t: Tensor) -> Tensor:
+    """The numbers alone: a state is often the last row of all that was computed, which it would keep alive."""
+    return t.detach().clone() if t.untyped_storage().nbytes() > 2 * t.nbytes else t.detach()
+
+
 class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reading: _Reading, x: Tensor, *tensors: Tensor) -> Any:
-        (state, weights), piece, y = reading.parts(tensors), reading.piece, None
+        (state, weights), parts, y = reading.given(tensors), _slices(x.shape[1], reading.piece), None
         ctx.reading, ctx.before, ctx.sums = reading, [], [Sum(w) for w in weights]
-        parts = x.split(piece, 1)
-        for i, part in enumerate(parts):
+        for here in parts:
             products = Products()
             ctx.before.append((state, torch.get_rng_state(), products))
-            if i == len(parts) - 1:  # comes first in the backward pass
-                ctx.last = reading.second(part, state, products, ctx.sums)
-                out, state = ctx.last[0].detach(), tree_map(Tensor.detach, ctx.last[1])
+            if here is parts[-1]:  # comes first in the backward pass
+                ctx.last = reading.second(x[:, here], state, products, ctx.sums)
+                out, state = ctx.last[0].detach(), tree_map(_own, ctx.last[1])
             else:
-                out, state = reading.first(part, state, products)
+                out, state = reading.first(x[:, here], state, products)
             y = out.new_empty(*x.shape[:2], *out.shape[2:]) if y is None else y
-            here = y.detach()[:, i * piece : (i + 1) * piece]
-            here.data.copy_(out)  # which the versions of what is kept do not count
-            products.close(out, here)
+            place = y.detach()[:, here]
+            place.data.copy_(out)  # which the versions of what is kept do not count
+            products.close(out, place)
             del out
         reading.after = state or {}
         after = [*flatten(reading.after).values()]
@@ -166,13 +186,13 @@ class _Pieces(torch.autograd.Function):
             with _random(ctx.before[0][1]):
                 needed, inputs = ctx.needs_input_grad[1:], [x, *tensors]
                 return None, *second_order(needed, reading.plain, inputs, [d_y, *d_after])
-        _, weights = reading.parts(tensors)
+        _, weights = reading.given(tensors)
         last, sums, ctx.last, ctx.sums = ctx.last, ctx.sums, None, [Sum(w) for w in weights]
         d_x = torch.empty_like(x) if _varies(x) else None
         d_state: Sequence[Tensor | None] = d_after
-        for i in range(len(ctx.before) - 1, -1, -1):
-            here = slice(i * reading.piece, (i + 1) * reading.piece)
-            state, random, products = ctx.before[i]
+        reading.renew()
+        parts = _slices(x.shape[1], reading.piece)
+        for here, (state, random, products) in zip(reversed(parts), reversed(ctx.before), strict=True):
             with _random(random):
                 y, after, leaves = last or reading.second(x[:, here], state, products, sums)
             last = None
