@@ -29,13 +29,17 @@ import remanence  # noqa: F401  (before the first tensor, so that its settings o
 
 WIDTH, HEADS = 512, 8
 SIZES = [(1, 2048), (1, 8192), (8, 2048)]
-STALE = "titans, read=anchor"
+FORMS = {
+    "titans, read=anchor": {"read": "anchor"},
+    "titans, read=anchor, gate=False, conv=1": {"read": "anchor", "gate": False, "conv": 1},
+}
+"""titans-pytorch reads one chunk late, has no gate of the layer's width on what is read, and no convolution."""
 PAIRS = {
-    "titans-pytorch": ("titans", STALE),
+    "titans-pytorch": ("titans", *FORMS),
     "TTT-Linear, its authors'": ("ttt",),
     "TTT-MLP, its authors'": ("ttt-mlp",),
 }
-"""Peers, and those of ours that take their turns with them. titans-pytorch reads one chunk late, as the second does."""
+"""Peers, and those of ours that take their turns with them."""
 State = Any
 Layer = Callable[[Tensor, State], tuple[Tensor, State]]
 
@@ -43,7 +47,7 @@ Layer = Callable[[Tensor, State], tuple[Tensor, State]]
 def ours(name: str) -> tuple[torch.nn.Module, Layer]:
     from remanence.memory import make
 
-    layer = make("titans", WIDTH, heads=HEADS, read="anchor") if name == STALE else make(name, WIDTH, heads=HEADS)
+    layer = make(name.split(",")[0], WIDTH, heads=HEADS, **FORMS.get(name, {}))
     return layer, layer
 
 

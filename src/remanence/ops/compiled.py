@@ -23,10 +23,11 @@ from torch import Tensor
 
 from remanence.ops.decay import FLOOR
 
-jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, _nrt=True)
-summing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"}, _nrt=True)
+_HOW: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}, "_nrt": True}
+jit = numba.njit(**_HOW)
+summing = numba.njit(**_HOW | {"fastmath": {"contract", "reassoc", "nsz"}})
 """Like `jit`, for sums along a vector: in which order is left to the compiler, so that it can vectorise them."""
-borrowing = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, _nrt=False)
+borrowing = numba.njit(**_HOW | {"_nrt": False})
 """Like `jit`, for what neither makes nor returns an array: it counts no references to those that it is given or takes
 parts of, which would cost as much as a row of 64 numbers. What it calls must not return arrays either, since nobody
 would count them down again."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.compiled import jit, sigmoid_and_silu
+from remanence.ops.compiled import borrowing, jit, sigmoid_and_silu, within
 
 
-@jit
+@within
 def _row(b, t, tail, x, at, first, last):
     """The features of token t, which lies before x where t < 0."""
     if t < 0:
@@ -20,18 +20,30 @@ def _row(b, t, tail, x, at, first, last):
     return x[start + first : start + last]
 
 
-@jit
+@borrowing
+def _sum(b, t, first, last, tail, x, at, taps, bias, z):
+    """What the convolution gives at token t."""
+    width, D = taps.shape[0], last - first
+    for d in range(D):
+        z[d] = bias[first + d]
+    for j in range(width - 1, 0, -2):  # two taps at a time, since z is fetched and stored for each pass
+        t_new, t_old = t + j - width + 1, t + j - width
+        new, old = _row(b, t_new, tail, x, at, first, last), _row(b, t_old, tail, x, at, first, last)
+        v, w = taps[j, first:last], taps[j - 1, first:last]
+        for d in range(D):
+            z[d] += v[d] * new[d] + w[d] * old[d]
+    if width % 2:
+        seen, w = _row(b, t - width + 1, tail, x, at, first, last), taps[0, first:last]
+        for d in range(D):
+            z[d] += w[d] * seen[d]
+
+
+@borrowing
 def forward(first, last, tail, x, at, taps, bias, silu, y):
-    width = taps.shape[0]
     for b in range(y.shape[0]):
         for t in range(y.shape[1]):
             out = y[b, t, first:last]
-            for d in range(last - first):
-                out[d] = bias[first + d]
-            for j in range(width):
-                seen, w = _row(b, t + j - width + 1, tail, x, at, first, last), taps[j, first:last]
-                for d in range(last - first):
-                    out[d] += w[d] * seen[d]
+            _sum(b, t, first, last, tail, x, at, taps, bias, out)
             if silu:
                 for d in range(last - first):
                     out[d] = sigmoid_and_silu(out[d])[1]
@@ -40,36 +52,38 @@ def forward(first, last, tail, x, at, taps, bias, silu, y):
 @jit
 def backward(first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias):
     """Gradients; all but d_x come as zeros."""
-    width, D = taps.shape[0], last - first
-    z, g = np.empty(D, tail.dtype), np.empty(D, tail.dtype)
-    d_b = d_bias[first:last]
+    z, g = np.empty(last - first, tail.dtype), np.empty(last - first, tail.dtype)
     for b in range(tail.shape[0]):
-        for t in range(T):
-            start = b * d_y_at[0] + t * d_y_at[1]
-            given = d_y[start + first : start + last]
+        _backward(
+            b, first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias, z, g
+        )
+
+
+@borrowing
+def _backward(b, first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias, z, g):
+    width, D, d_b = taps.shape[0], last - first, d_bias[first:last]
+    for t in range(T):
+        start = b * d_y_at[0] + t * d_y_at[1]
+        given = d_y[start + first : start + last]
+        if silu:
+            _sum(b, t, first, last, tail, x, at, taps, bias, z)
+            for d in range(D):
+                s, gated = sigmoid_and_silu(z[d])
+                g[d] = given[d] * (s + gated * (1 - s))
+        else:
             for d in range(D):
                 g[d] = given[d]
-            if silu:
-                for d in range(D):
-                    z[d] = bias[first + d]
-                for j in range(width):
-                    seen, w = _row(b, t + j - width + 1, tail, x, at, first, last), taps[j, first:last]
-                    for d in range(D):
-                        z[d] += w[d] * seen[d]
-                for d in range(D):
-                    s, gated = sigmoid_and_silu(z[d])
-                    g[d] *= s + gated * (1 - s)
+        for d in range(D):
+            d_b[d] += g[d]
+        for j in range(width - 1):
+            i = t + j - width + 1
+            seen, w = _row(b, i, tail, x, at, first, last), taps[j, first:last]
+            d_seen, d_w = _row(b, i, d_tail, d_x, d_x_at, first, last), d_taps[j, first:last]
             for d in range(D):
-                d_b[d] += g[d]
-            for j in range(width - 1):
-                i = t + j - width + 1
-                seen, w = _row(b, i, tail, x, at, first, last), taps[j, first:last]
-                d_seen, d_w = _row(b, i, d_tail, d_x, d_x_at, first, last), d_taps[j, first:last]
-                for d in range(D):
-                    d_seen[d] += w[d] * g[d]
-                    d_w[d] += seen[d] * g[d]
-            seen, w = _row(b, t, tail, x, at, first, last), taps[width - 1, first:last]
-            d_seen, d_w = _row(b, t, d_tail, d_x, d_x_at, first, last), d_taps[width - 1, first:last]
-            for d in range(D):
-                d_seen[d] = w[d] * g[d]
+                d_seen[d] += w[d] * g[d]
                 d_w[d] += seen[d] * g[d]
+        seen, w = _row(b, t, tail, x, at, first, last), taps[width - 1, first:last]
+        d_seen, d_w = _row(b, t, d_tail, d_x, d_x_at, first, last), d_taps[width - 1, first:last]
+        for d in range(D):
+            d_seen[d] = w[d] * g[d]
+            d_w[d] += seen[d] * g[d]
