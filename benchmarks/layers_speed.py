@@ -11,7 +11,8 @@ seconds for one; who takes more than --seconds in all has no figure. *Share* is 
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
 and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
 and its input: activations, what is kept for the gradients, and the gradients themselves. *In pieces*: the same layer
-read by `remanence.memory.in_pieces`, an eighth at a time, which takes less memory and longer.
+read by `remanence.memory.in_pieces`, an eighth at a time, keeping what its projections gave: less memory, and somewhat
+longer.
 
 The layers of transformers are timed as `pip install transformers` leaves them: in the PyTorch form that they have
 for a CPU, which needs no package of kernels. mambapy and the packages of xLSTM and minGRU are not installed for this;
@@ -214,7 +215,10 @@ def measure(name: str, batch: int, time_steps: int, pieces: int = 1) -> dict[str
         return min(times)
 
     def once() -> None:
-        y = in_pieces(layer, x, piece=time_steps // pieces)[0] if pieces > 1 else first(layer(x))
+        if pieces > 1:
+            y = in_pieces(layer, x, piece=time_steps // pieces, keep="projections")[0]
+        else:
+            y = first(layer(x))
         torch.autograd.grad(y, weights, up, allow_unused=True)
 
     def little() -> None:
