@@ -62,3 +62,43 @@ def test_second_derivatives_are_those_of_the_definition(draw):
 def test_a_weight_of_another_width_is_refused(draw):
     with pytest.raises(ShapeError, match="features=16"):
         normalise(draw(0)(2, 16), draw(1)(8))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("activation", [torch.sigmoid, torch.nn.functional.silu, torch.tanh])
+@pytest.mark.parametrize(("biased", "gated"), [(False, True), (True, False), (True, True)])
+def test_a_weight_and_a_bias_of_each_head(draw, centred, activation, biased, gated):
+    x, gate = draw(0)(2, 150, 3, 16), draw(1)(2, 150, 3, 16) if gated else None
+    weight, bias = draw(2)(3, 16), draw(3)(3, 16) if biased else None
+    used = [t for t in (x, weight, bias, gate) if t is not None]
+    how = {"bias": bias, "centred": centred, "activation": activation, "eps": 1e-3}
+    got, want = normalise(x, weight, gate, **how), normalise_reference(x, weight, gate, **how)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    up = torch.cos(torch.arange(want.numel())).view(want.shape).to(want)
+    found, wanted = torch.autograd.grad(got, used, up), torch.autograd.grad(want, used, up)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_centred_it_is_the_group_norm_of_pytorch(draw):
+    x, weight, bias = draw(0)(40, 24), draw(1)(24), draw(2)(24)
+    heads = [t.view(3, 8) for t in (weight, bias)]
+    got = normalise(x.view(40, 3, 8), heads[0], bias=heads[1], centred=True, eps=1e-4).flatten(1)
+    torch.testing.assert_close(got, torch.nn.functional.group_norm(x, 3, weight, bias, 1e-4))
+
+
+def test_second_derivatives_with_heads(draw):
+    x, weight, bias = draw(0)(2, 9, 3, 8), draw(1)(3, 8), draw(2)(3, 8)
+
+    def twice(op):
+        y = op(x, weight, bias=bias, centred=True)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), [x, weight, bias])
+
+    for a, b in zip(twice(normalise), twice(normalise_reference), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_of_other_heads_are_refused(draw):
+    with pytest.raises(ShapeError, match="heads=3, features=8"):
+        normalise(draw(0)(2, 5, 3, 8), draw(1)(2, 8))

@@ -17,7 +17,7 @@ from remanence.memory.bare import unhooked
 from remanence.memory.linear import Linear
 from remanence.ops import steps
 from remanence.ops.layer_steps import Decay, Readout
-from remanence.ops.norm import normalise
+from remanence.ops.norm import ACTIVATIONS, normalise
 from remanence.state import State
 
 
@@ -101,10 +101,6 @@ def l2_norm(x: Tensor, eps: float = 1e-6, scale: float = 1.0) -> Tensor:
     return normalise(x, eps=eps, mean=False, scale=scale)
 
 
-ACTIVATIONS = {F.silu: steps.SILU, torch.sigmoid: steps.SIGMOID}
-"""What the compiled norm can put its gate through."""
-
-
 class RMSNorm(nn.RMSNorm):
     """PyTorch's, in one pass over the input. eps is 10⁻⁵ unless given."""
 
@@ -113,11 +109,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
         """The norm, or its product with `activation` of a gate."""
-        if gate is None or activation is F.silu:
-            return normalise(x, self.weight, gate, eps=self.eps or 0.0)
-        if x.shape[-2] == 1 and activation in ACTIVATIONS and steps.worth(x, gate):
+        if activation is not F.silu and x.shape[-2] == 1 and activation in ACTIVATIONS and steps.worth(x, gate):
             return steps.normalise(x, self.weight, gate, self.eps or 0.0, kind=ACTIVATIONS[activation])
-        return normalise(x, self.weight, eps=self.eps or 0.0) * activation(gate)
+        return normalise(x, self.weight, gate, eps=self.eps or 0.0, activation=activation)
 
     def plan(self, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = F.silu) -> Readout:
         """The same of all heads together, for the compiled steps, which know the gates in `ACTIVATIONS`."""
@@ -134,10 +128,13 @@ class HeadNorm(nn.GroupNorm):
         self, y: Tensor, gate: Tensor | None = None, activation: Callable[[Tensor], Tensor] = torch.sigmoid
     ) -> Tensor:
         if y.shape[-2] == 1 and activation in ACTIVATIONS and steps.worth(y, gate):
-            how: dict[str, Any] = {"bias": self.bias, "kind": ACTIVATIONS[activation], "heads": self.num_groups}
-            return steps.normalise(y, self.weight, gate, self.eps, centred=True, **how)
-        y = super().forward(y.flatten(0, -2)).view_as(y)
-        return y if gate is None else y * activation(gate)
+            kind, heads = ACTIVATIONS[activation], self.num_groups
+            return steps.normalise(y, self.weight, gate, self.eps, centred=True, bias=self.bias, kind=kind, heads=heads)
+        apart = (self.num_groups, -1)
+        weight, bias = (None if p is None else p.view(apart) for p in (self.weight, self.bias))
+        gate = None if gate is None else gate.unflatten(-1, apart)
+        y = y.unflatten(-1, apart)
+        return normalise(y, weight, gate, bias=bias, eps=self.eps, centred=True, activation=activation).flatten(-2)
 
 
 class ShortConv(nn.Module):
