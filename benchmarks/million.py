@@ -23,6 +23,7 @@ from remanence.memory import make
 from remanence.state import nbytes
 
 SETTINGS = {
+    "atlas++": {"expand": 2},
     "hope": {"chunk_size": 64, "maker_chunk_size": 256},
     "self-modifying-titans": {"chunk_size": 64, "maker_chunk_size": 256},
 }

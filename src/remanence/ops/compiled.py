@@ -121,11 +121,11 @@ def flat(x: Tensor, axes: int) -> Flat:
     What comes after these axes is contiguous. So a kernel can read [B, H, T, K] also where it is a view of
     [B, T, H, K], and still loop over contiguous features.
     """
-    x = x.detach()
     if not _rows_are_contiguous(x, axes):
         x = x.contiguous()
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.as_strided((span,), (1,)).numpy(), x.stride()[:axes]
+    strides = x.stride()
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) if x.numel() else 0
+    return x.detach().as_strided((span,), (1,)).numpy(), strides[:axes]
 
 
 def blank(x: Tensor, axes: int) -> Tensor:
@@ -135,7 +135,12 @@ def blank(x: Tensor, axes: int) -> Tensor:
 
 
 def _rows_are_contiguous(x: Tensor, axes: int) -> bool:
-    return x.stride()[axes:] == torch.empty(x.shape[axes:], device="meta").stride()
+    step = 1
+    for size, stride in zip(reversed(x.shape[axes:]), reversed(x.stride()[axes:]), strict=True):
+        if stride != step and size > 1:
+            return False
+        step *= size
+    return True
 
 
 def flat_or_none(x: Tensor | None, axes: int, like: Tensor) -> Flat:

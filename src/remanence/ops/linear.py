@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from remanence.ops import dispatch
 from remanence.ops.decay import second_order
-from remanence.ops.dispatch import compiled
 
-ROWS, HIGH, WIDE = 256, 512, 256
+ROWS, HIGH, WIDE = 256, 128, 512
 """Of a part: tokens of a product; outputs and inputs of the weight's gradient."""
 
 
@@ -24,11 +24,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shapes: x [..., in], weight [out, in], bias [out] -> [..., out]. Raises: `RuntimeError`, as PyTorch's.
     """
-    if not (compiled(x) and _fits(x, weight)):
+    if not (_worth(x, len(weight)) and _fits(x, weight)):
         return F.linear(x, weight, bias)
     y = _Compiled.apply(x.reshape(-1, x.shape[-1]), weight)
     y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _worth(x: Tensor, other: int) -> bool:
+    """Whether the rows of x, or as many of `other` numbers, are worth what the compiled form loads."""
+    wider = max(x.numel(), x.numel() // max(x.shape[-1], 1) * other)
+    return x.device.type == "cpu" and wider >= dispatch.COMPILED_FROM
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -74,20 +80,20 @@ class _Compiled(torch.autograd.Function):
 
 def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
     """d_y W: of y = x Wᵀ, from its gradient to that of x. Shapes: [tokens, out], [out, in] -> [tokens, in]."""
-    return _product(d_y, weight, False) if compiled(d_y) and _suits(d_y, weight, weight.shape[1]) else d_y @ weight
+    ours = _worth(d_y, weight.shape[1]) and _suits(d_y, weight, weight.shape[1])
+    return _product(d_y, weight, False) if ours else d_y @ weight
 
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
     """d_yᵀ x, the gradient of W. Shapes: [tokens, out], [tokens, in] -> [out, in]."""
-    if not (compiled(x) and len(x) and _suits(d_y, x, d_y.shape[1], x.shape[1])):
+    if not (_worth(x, d_y.shape[1]) and len(x) and _suits(d_y, x, d_y.shape[1], x.shape[1])):
         return d_y.mT @ x
     from remanence.ops import linear_kernels as kernels
     from remanence.ops.compiled import spread
 
     d_y, x, out = _contiguous_rows(d_y), _contiguous_rows(x), x.new_empty(d_y.shape[1], x.shape[1])
-    wide = WIDE if out.numel() > 2 * HIGH * WIDE else WIDE // 2
-    parts = -(-out.shape[0] // HIGH) * -(-out.shape[1] // wide)
-    spread(kernels.slopes, parts, x.numel(), HIGH, wide, d_y.numpy(), x.numpy(), out.numpy())
+    parts = -(-out.shape[0] // HIGH) * -(-out.shape[1] // WIDE)
+    spread(kernels.slopes, parts, x.numel(), HIGH, WIDE, d_y.numpy(), x.numpy(), out.numpy())
     return out
 
 
