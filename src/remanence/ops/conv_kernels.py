@@ -26,14 +26,14 @@ def _sum(b, t, first, last, tail, x, at, taps, bias, z):
     width, D = taps.shape[0], last - first
     for d in range(D):
         z[d] = bias[first + d]
-    for j in range(width - 1, 0, -2):  # two taps at a time, since z is fetched and stored for each pass
-        t_new, t_old = t + j - width + 1, t + j - width
-        new, old = _row(b, t_new, tail, x, at, first, last), _row(b, t_old, tail, x, at, first, last)
-        v, w = taps[j, first:last], taps[j - 1, first:last]
+    for j in range(0, width - 1, 2):  # two taps at a time, since z is fetched and stored for each pass
+        t_old, t_new = t + j - width + 1, t + j - width + 2
+        old, new = _row(b, t_old, tail, x, at, first, last), _row(b, t_new, tail, x, at, first, last)
+        v, w = taps[j, first:last], taps[j + 1, first:last]
         for d in range(D):
-            z[d] += v[d] * new[d] + w[d] * old[d]
+            z[d] = (z[d] + v[d] * old[d]) + w[d] * new[d]
     if width % 2:
-        seen, w = _row(b, t - width + 1, tail, x, at, first, last), taps[0, first:last]
+        seen, w = _row(b, t, tail, x, at, first, last), taps[width - 1, first:last]
         for d in range(D):
             z[d] += w[d] * seen[d]
 
