@@ -79,7 +79,7 @@ class FastWeightMemory(Memory):
         max_step: θ is at most `max_step` · (1 - η), so that η does not change how much is learned in all.
         bound: and at most this share of the step that would mend a chunk of equal tokens at once, so that no stream
             diverges (see `ops.fast_weight`); None leaves θ as it is. The steps of "muon" are of size θ whatever it is.
-        conv: tokens that the convolutions see; 1 leaves them out.
+        conv: tokens that the convolutions see; of 1 only a learned scale is left, 1 at first.
         gate: whether SiLU(W_g x) gates what is read, after its norm.
         gates: "head", or "channel": a step, a retention and (but for "huber") a threshold of every channel: of what the
             last layer gives and the first reads.

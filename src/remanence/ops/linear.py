@@ -73,7 +73,7 @@ class _Compiled(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted
             return second_order(ctx.needs_input_grad, F.linear, (x, weight), grads)
-        d_y, (of_x, of_weight) = _contiguous_rows(grads[0]), ctx.needs_input_grad[:2]
+        d_y, (of_x, of_weight) = _contiguous_rows(grads[0]), ctx.needs_input_grad
         d_weight = weight_gradient(d_y, x) if of_weight else None
         return input_gradient(d_y, weight) if of_x else None, d_weight
 

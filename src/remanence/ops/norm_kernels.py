@@ -39,6 +39,17 @@ def _unit(row, share, eps, centred, out):
     return inverse
 
 
+@borrowing
+def _affine(unit, weight, bias, head, out):
+    """unit ⊙ weight, and the head's bias if there are any."""
+    for d in range(out.shape[0]):
+        out[d] = unit[d] * weight[d]
+    if bias.shape[0]:
+        shift = bias[head]
+        for d in range(out.shape[0]):
+            out[d] += shift[d]
+
+
 @jit
 def forward(first, last, size, count, B, C, share, eps, centred, x, x_at, weight, bias, kind, gate, gate_at, y, y_at):
     unit = np.empty(weight.shape[1], x.dtype)
@@ -56,12 +67,7 @@ def _forward(start, end, B, C, share, eps, centred, x, x_at, weight, bias, kind,
         here, there, other = _row(a, b, c, x_at), _row(a, b, c, y_at), _row(a, b, c, gate_at)
         out, w = y[there : there + width], weight[c % heads]
         _unit(x[here : here + width], share, eps, centred, unit)
-        for d in range(width):
-            out[d] = unit[d] * w[d]
-        if bias.shape[0]:
-            shift = bias[c % heads]
-            for d in range(width):
-                out[d] += shift[d]
+        _affine(unit, w, bias, c % heads, out)
         g = gate[other : other + width]
         if kind != PLAIN:
             for d in range(width):
@@ -99,12 +105,7 @@ def _backward(
         r = _unit(x[here : here + width], share, eps, centred, unit)
         g, d_g = gate[other : other + width], d_gate[to_gate : to_gate + width]
         if kind != PLAIN:
-            for d in range(width):
-                out[d] = unit[d] * w[d]
-            if bias.shape[0]:
-                shift = bias[c % heads]
-                for d in range(width):
-                    out[d] += shift[d]
+            _affine(unit, w, bias, c % heads, out)
             for d in range(width):
                 s, silu = sigmoid_and_silu(g[d])
                 slope = s + silu * (one - s) if kind == SILU else s * (one - s)
