@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from remanence.ops.chunk_kernels import copy_row, dot, fill
+from remanence.ops.chunk_kernels import combine, copy_row, dot, fill
 from remanence.ops.compiled import jit, summing
-from remanence.ops.step_kernels import activate, add, at, convolve, keep_last, normalise, sigmoid, unit
+from remanence.ops.step_kernels import activate, at, convolve, keep_last, normalise, sigmoid, unit
 
 LANES = 32
 
@@ -59,27 +59,6 @@ def _errors(row, keys, errors):
         errors[i + 7] -= s7
     for i in range(whole, count):
         errors[i] -= dot(row, keys[i])
-
-
-@jit
-def _write(errors, keys, row):
-    """row += Σ_i errors_i keys_i, eight or two at a time."""
-    count = keys.shape[0]
-    whole, even = count - count % 8, count - count % 2
-    for i in range(0, whole, 8):
-        k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
-        k4, k5, k6, k7 = keys[i + 4], keys[i + 5], keys[i + 6], keys[i + 7]
-        e0, e1, e2, e3 = errors[i], errors[i + 1], errors[i + 2], errors[i + 3]
-        e4, e5, e6, e7 = errors[i + 4], errors[i + 5], errors[i + 6], errors[i + 7]
-        for f in range(row.shape[0]):
-            first = e0 * k0[f] + e1 * k1[f] + e2 * k2[f] + e3 * k3[f]
-            row[f] += first + (e4 * k4[f] + e5 * k5[f] + e6 * k6[f] + e7 * k7[f])
-    for i in range(whole, even, 2):
-        k0, k1, e0, e1 = keys[i], keys[i + 1], errors[i], errors[i + 1]
-        for f in range(row.shape[0]):
-            row[f] += e0 * k0[f] + e1 * k1[f]
-    for i in range(even, count):
-        add(keys[i], errors[i], row)
 
 
 @jit
@@ -158,14 +137,14 @@ def window_token(
                     past = held[b, h, e]
                     for f in range(F):
                         now[f] = push * past[f]
-                    _write(errors, near, now)
+                    combine(errors, near, now)
                     copy_row(now[:F], S[b, h, e])
                     for f in range(F):
                         now[f] += keep * before[f]
                 else:
                     for f in range(wide):
                         now[f] = keep * before[f]
-                    _write(errors, near, now)
+                    combine(errors, near, now)
                 out[e] = dot(now, query)
                 if wide > F:
                     copy_row(now[:F], W[b, h, e])

@@ -12,7 +12,19 @@ import numpy as np
 from remanence.ops.chunk_kernels import copy_row, dot, fill
 from remanence.ops.compiled import decay, jit
 from remanence.ops.outer_step_kernels import running
-from remanence.ops.step_kernels import activate, add, at, convolve, lost, move, normalise, sigmoid, softmax, softplus
+from remanence.ops.step_kernels import (
+    activate,
+    add,
+    at,
+    convolve,
+    lost,
+    move,
+    normalise,
+    sigmoid,
+    softmax,
+    softplus,
+    unit,
+)
 
 
 @jit
@@ -98,8 +110,8 @@ def lattice_token(
         for h in range(H):
             q, k = row[h * K : (h + 1) * K], row[(H + h) * K : (H + h + 1) * K]
             v, old, new, out = row[2 * H * K + h * V : 2 * H * K + (h + 1) * V], start[b, h], S[b, h], y[b, h]
-            _unit(q, small)
-            _unit(k, small)
+            unit(q, 1, small)
+            unit(k, 1, small)
             code, target, step = (v, k, sigmoid(rate[b, h])) if by_slot else (k, v, sigmoid(rate[b, h]))
             copy_row(target, error)
             for i in range(M):
@@ -127,10 +139,3 @@ def lattice_token(
 @jit
 def _size(x):
     return x.dtype.type(math.sqrt(dot(x, x) + x.dtype.type(1e-30)))
-
-
-@jit
-def _unit(x, eps):
-    by = x.dtype.type(1 / math.sqrt(dot(x, x) + eps))
-    for d in range(x.shape[0]):
-        x[d] *= by
