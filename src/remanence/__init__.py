@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 # PyTorch then asks for huge pages for large tensors: on Linux, fresh memory costs it a third of the time. It reads this
 # at its first tensor, and only if nobody has said otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# PyTorch's own threads then sleep half a millisecond after their work is done. By default they spin for ten times as
-# long, on the very cores that compiled kernels want next. It is read when PyTorch is first imported.
+# PyTorch's own threads then sleep soon after their work is done. By default they spin a hundred times as long, on the
+# very cores that compiled kernels want next. It is read when PyTorch is first imported.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
 __all__ = ["Learner", "generate", "learn", "watch"]

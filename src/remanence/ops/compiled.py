@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numba
@@ -22,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from remanence.ops.decay import FLOOR
+from remanence.ops.threads import share
 
 _HOW: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract"}, "_nrt": True}
 jit = numba.njit(**_HOW)
@@ -159,35 +159,18 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="remanence")
-
-
 def spread(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
     """Call `kernel(first, last, *arguments)` for 0 … `parts` − 1, which know nothing of each other.
 
-    On as many threads as PyTorch uses, where there is work (`size`, in numbers touched) for more than one. Python
-    threads wait without spinning, so that a busy neighbour costs its share and no more.
+    On as many threads as PyTorch uses, where there is work (`size`, in numbers touched) for more than one.
     """
-    threads = min(torch.get_num_threads(), parts) if size >= 2**16 else 1
-    if threads == 1:
-        kernel(0, parts, *arguments)
-        return
-    jobs = min(parts, 4 * threads)  # more than threads: whoever is held up takes fewer
-    edges = [parts * i // jobs for i in range(jobs + 1)]
-    run = partial(_call, kernel, arguments)
-    list(_pool(threads).map(run, edges[:-1], edges[1:]))
+    share(kernel, parts, min(torch.get_num_threads(), parts) if size >= 2**16 else 1, *arguments)
 
 
 def spread_products(kernel: Callable[..., Any], parts: int, size: int, *arguments: Any) -> None:
     """`spread` for kernels that multiply small matrices, for which one thread each is best."""
     with _blas().limit(limits=1, user_api="blas"):
         spread(kernel, parts, size, *arguments)
-
-
-def _call(kernel: Callable[..., Any], arguments: tuple[Any, ...], first: int, last: int) -> None:
-    kernel(first, last, *arguments)
 
 
 BAND = 128
