@@ -34,13 +34,13 @@ def panels(dtype, count):
 
 
 @pytest.mark.parametrize("tokens", [64, 257, 1031])
-@pytest.mark.parametrize(("inner", "outer"), [(1, 3), (40, 2), (17, 20)])
+@pytest.mark.parametrize(("inner", "outer"), [(1, 3), (40, 2), (17, 20), (8.5, 2), (3, 9.25), (10.75, 8.125)])
 def test_equals_pytorch(tokens, inner, outer, products):
     dtype = torch.float64
     g = torch.Generator().manual_seed(tokens)
-    x = torch.randn(3, tokens, panels(dtype, inner), generator=g, dtype=dtype)
+    x = torch.randn(3, tokens, int(panels(dtype, inner)), generator=g, dtype=dtype)
     x.requires_grad_()
-    weight = torch.randn(panels(dtype, outer), x.shape[2], generator=g, dtype=dtype, requires_grad=True)
+    weight = torch.randn(int(panels(dtype, outer)), x.shape[2], generator=g, dtype=dtype, requires_grad=True)
     bias = torch.randn(len(weight), generator=g, dtype=dtype, requires_grad=True)
     y = linear(x, weight, bias)
     assert not products
@@ -85,7 +85,7 @@ def test_what_the_kernels_cannot_take_goes_to_pytorch(products, as_shipped):
     panel = panels(torch.float32, 1)
     x, weight = torch.randn(2**15, panel), torch.randn(panel, panel)
     linear(x[:8], weight)  # few numbers
-    linear(x, weight[:-1])  # columns that make no panel
+    linear(x, weight[:-1])  # few columns that make no panel
     linear(x.bfloat16(), weight.bfloat16())
     linear(x, weight.mT)  # rows that are not contiguous
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,6 +14,8 @@ from remanence.ops.decay import second_order
 
 ROWS, HIGH, WIDE = 256, 128, 512
 """Of a part: tokens of a product; outputs and inputs of the weight's gradient."""
+PANELS = 8
+"""From how many on it is worth while to multiply columns that make no whole panel apart."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,20 +43,20 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernels take x Wᵀ."""
     if x.shape[-1] != weight.shape[1] or not weight.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return False
-    return not torch._C._are_functorch_transforms_active() and _suits(x, weight, *weight.shape)
+    return not torch._C._are_functorch_transforms_active() and _suits(x, weight, len(weight))
 
 
-def _suits(x: Tensor, y: Tensor, *widths: int) -> bool:
-    """Whether the kernels take such numbers, and panels of them."""
+def _suits(x: Tensor, y: Tensor, width: int) -> bool:
+    """Whether the kernels take such numbers, and are worth it for a product of so many columns."""
     if x.dtype != y.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
     panel = _panel(x.dtype)
-    return panel > 0 and not any(width % panel for width in widths)
+    return panel > 0 and (width % panel == 0 or width >= PANELS * panel)
 
 
 @cache
 def _panel(dtype: torch.dtype) -> int:
-    """Of how many columns the kernels take a multiple, or 0 where they are not faster."""
+    """Of how many columns the kernels take a multiple, PyTorch's product the rest; or 0 where they are not faster."""
     from remanence.ops.product_kernels import BYTES, FASTER
 
     return 2 * BYTES // dtype.itemsize if FASTER else 0
@@ -86,14 +88,17 @@ def input_gradient(d_y: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(d_y: Tensor, x: Tensor) -> Tensor:
     """d_yᵀ x, the gradient of W. Shapes: [tokens, out], [tokens, in] -> [out, in]."""
-    if not (_worth(x, d_y.shape[1]) and len(x) and _suits(d_y, x, d_y.shape[1], x.shape[1])):
+    if not (_worth(x, d_y.shape[1]) and len(x) and _suits(d_y, x, x.shape[1])):
         return d_y.mT @ x
     from remanence.ops import linear_kernels as kernels
     from remanence.ops.compiled import spread
 
     d_y, x, out = _contiguous_rows(d_y), _contiguous_rows(x), x.new_empty(d_y.shape[1], x.shape[1])
-    parts = -(-out.shape[0] // HIGH) * -(-out.shape[1] // WIDE)
-    spread(kernels.slopes, parts, x.numel(), HIGH, WIDE, d_y.numpy(), x.numpy(), out.numpy())
+    whole, rest = _cut(out)
+    parts = -(-whole.shape[0] // HIGH) * -(-whole.shape[1] // WIDE)
+    spread(kernels.slopes, parts, x.numel(), HIGH, WIDE, d_y.numpy(), x.numpy(), whole.numpy())
+    if rest.numel():
+        rest.copy_(d_y.mT @ x[:, whole.shape[1] :])
     return out
 
 
@@ -103,10 +108,20 @@ def _product(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
     from remanence.ops.compiled import spread
 
     x, out = _contiguous_rows(x), x.new_empty(len(x), weight.shape[0 if turned else 1])
+    whole, rest = _cut(out)
     rows = ROWS if len(x) >= 4 * ROWS else max(32, -(-len(x) // 4))
     factors = x.numpy(), _contiguous_rows(weight).numpy()
-    spread(kernels.multiply, -(-len(x) // rows), x.numel(), rows, *factors, turned, out.numpy())
+    spread(kernels.multiply, -(-len(x) // rows), x.numel(), rows, *factors, turned, whole.numpy())
+    if rest.numel():
+        at = whole.shape[1]
+        rest.copy_(x @ (weight[at:].mT if turned else weight[:, at:]))
     return out
+
+
+def _cut(out: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that make whole panels, and the rest."""
+    rest = out.shape[1] % _panel(out.dtype)
+    return out[:, : out.shape[1] - rest], out[:, out.shape[1] - rest :]
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
