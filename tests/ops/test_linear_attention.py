@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +35,21 @@ def test_any_chunks_and_cuts_give_the_loop(obeys, draw, decay, T, chunk_size, cu
     state = {"S": draw(99)(B, H, K, V)} if given_state else None
     cuts = sorted(min(c, T) for c in cuts)
     obeys(chunked(chunk_size), linear_attention_reference, inputs(draw, T, decay), cuts, state)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", [1, 40, 333])
+def test_silu_inside_is_silu_before(obeys, draw, decay, T):
+    """Also of parts of one tensor, whose gradients come side by side."""
+
+    def before(*x, state=None):
+        return linear_attention_reference(*(F.silu(t) for t in x[:3]), *x[3:], state=state)
+
+    def inside(*x, state=None):
+        return linear_attention(*x, state=state, silu=True, chunk_size=16)
+
+    state = {"S": draw(99)(B, H, K, V)}
+    obeys(inside, before, inputs(draw, T, decay), sorted({T // 3, T // 2}), state, tolerance=1e-8)
 
 
 def test_the_law_notices_a_lost_state(obeys, draw):

@@ -15,6 +15,7 @@ from remanence.memory.base import Memory
 from remanence.memory.linear import Linear
 from remanence.memory.parts import RMSNorm, merge, per_head, project, split, wide, zeros
 from remanence.ops import layer_steps, steps
+from remanence.ops.joint import parts
 from remanence.state import State
 
 
@@ -25,13 +26,21 @@ from remanence.state import State
     source="arXiv:2401.04658",
 )
 def lightning_attention(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: State | None = None, *, tile: int = 64
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    state: State | None = None,
+    *,
+    tile: int = 64,
+    silu: bool = False,
 ) -> tuple[Tensor, State]:
     r"""$S_t = e^{-s} S_{t-1} + k_t v_t^\top$, $y_t = S_t^\top q_t$, `tile` tokens at a time.
 
     With $M_{ij} = e^{-s(i-j)}$ for $j ≤ i$ and $i = 1, ..., C$ within a tile, which begins with the state $S$:
     $Y = (QK^\top ⊙ M) V + e^{-si} ⊙ QS$ and $S ← e^{-sC} S + (e^{-s(C-i)} ⊙ K)^\top V$. Backward walks the
-    tiles from right to left and keeps their states only. `tile` changes speed, never the result.
+    tiles from right to left and keeps their states only. `tile` changes speed, never the result. With `silu`, queries,
+    keys and values are SiLU of what is given.
 
     Shapes: query, key [B, H, T, K], value and y [B, H, T, V], any T ≥ 0; slopes [H], at least 0;
         state {"S": [B, H, K, V]}.
@@ -41,7 +50,7 @@ def lightning_attention(
     if tile < 1:
         raise ValueError(f"lightning_attention: tile must be at least 1, got {tile}.")
     decay = -slopes.to(key)[:, None].expand(key.shape[:3])
-    return ops.linear_attention(query, key, value, decay, state, chunk_size=tile)
+    return ops.linear_attention(query, key, value, decay, state, silu=silu, chunk_size=tile)
 
 
 def head_slopes(heads: int) -> Tensor:
@@ -135,13 +144,14 @@ class LightningAttention(Memory):
                 readout=self.norm.plan(project(self.gate, x), torch.sigmoid),
             )  # fmt: skip
             return project(self.out, y), {"S": S}
-        q, k, v = (split(part, self.heads) for part in F.silu(qkv).chunk(3, dim=-1))
+        qkv = F.silu(qkv) if self.lrpe else qkv
+        q, k, v = (split(part, self.heads) for part in parts(qkv, [qkv.shape[-1] // 3] * 3))
         after = {}
         if self.lrpe:
             position = state["position"][:, None] + torch.arange(x.shape[1], device=x.device)
             q, k = (phases(part, position[:, None, :, None] * wide(self.frequencies).double()) for part in (q, k))
             after["position"] = state["position"] + x.shape[1]
-        y, written = lightning_attention(q, k, v, self.slopes, {"S": state["S"]}, tile=self.tile)
+        y, written = lightning_attention(q, k, v, self.slopes, {"S": state["S"]}, tile=self.tile, silu=not self.lrpe)
         return self._read(merge(y).to(x.dtype), x), {**written, **after}
 
     def _read(self, y: Tensor, x: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remanence.errors import ShapeError, expect
 from remanence.ops import dispatch, steps
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.joint import blanks
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -41,11 +43,13 @@ def linear_attention(
     log_decay: Tensor | None = None,
     state: State | None = None,
     *,
+    silu: bool = False,
     chunk_size: int = 64,
 ) -> tuple[Tensor, State]:
     """S_t = Diag(exp g_t) S_{t−1} + k_t v_tᵀ,  y_t = S_tᵀ q_t, `chunk_size` tokens at a time.
 
-    `chunk_size` changes speed, never the result. The query is not scaled.
+    `chunk_size` changes speed, never the result. The query is not scaled. With `silu`, queries, keys and values are
+    SiLU of what is given, which then needs no memory of its own.
 
     Shapes: `query`, `key` [B, H, T, K], `value` and y [B, H, T, V], any T ≥ 0; `log_decay` (≤ 0, clamped
     at −60) is None, [B, H, T] (per head) or [B, H, T, K] (per key feature); state {"S": [B, H, K, V]},
@@ -53,6 +57,9 @@ def linear_attention(
     Source: Katharopoulos et al., arXiv:2006.16236 (2020); decays: Yang et al., arXiv:2312.06635 (2023).
     """
     _check("linear_attention", query, key, value, log_decay)
+    inside = key.shape[2] > 1 and dispatch.compiled(key) and not dispatch.triton(value)
+    if silu and not inside:
+        query, key, value = F.silu(query), F.silu(key), F.silu(value)
     if key.shape[2] == 1 and state is not None and steps.worth(state["S"], query, key, value, log_decay):
         y, S = steps.linear_attention(query, key, value, log_decay, state["S"])
         return y, {"S": S}
@@ -70,8 +77,10 @@ def linear_attention(
     if T == 1:
         y, S = _step(q, k, v, g, start)
         return y.to(value.dtype), {"S": S}
-    run = _Compiled.apply if dispatch.compiled(k) else _by_chunks
-    y, S = run(q, k, v, g, start, min(chunk_size, T))
+    if inside:
+        y, S = _Compiled.apply(q, k, v, g, start, min(chunk_size, T), silu)
+    else:
+        y, S = _by_chunks(q, k, v, g, start, min(chunk_size, T))
     return y.to(value.dtype), {"S": S}
 
 
@@ -116,7 +125,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor, size: int, silu: bool
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import linear_attention_kernels as kernels
         from remanence.ops.chunk_kernels import EVERY, PER_KEY
@@ -127,7 +136,7 @@ class _Compiled(torch.autograd.Function):
         kind = 0 if g is None else g.ndim - 2
         every = 1 if kind == PER_KEY else EVERY  # whose decays take longer to make again
         befores = v.new_empty(B * H, -(-T // (size * every)), K, v.shape[3])
-        how = H, T, size, every, kind
+        how = H, T, size, every, kind, silu
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), befores.numpy(), rows(end)
         spread_products(kernels.forward, B * H, k.numel(), *how, *inputs, *outputs)
@@ -144,18 +153,19 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted
 
             def plain(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
+                q, k, v = (F.silu(x) if ctx.how[-1] else x for x in (q, k, v))
                 return _by_chunks(q, k, v, g, start, ctx.how[2])
 
-            return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, g, start), grads), None
+            return *second_order(ctx.needs_input_grad[:5], plain, (q, k, v, g, start), grads), None, None
         B, H = k.shape[:2]
-        d_q, d_k, d_v = (blank(x, 3) for x in (q, k, v))
+        d_q, d_k, d_v = blanks(q, k, v)
         d_g = None if g is None else blank(g, 3)
         d_start = grads[1].clone(memory_format=torch.contiguous_format)
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat_or_none(g, 3, q)
         kept = befores.numpy(), rows(end), *flat(grads[0], 3)
         outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat_or_none(d_g, 3, q), rows(d_start)
         spread_products(kernels.backward, B * H, k.numel(), *ctx.how, *inputs, *kept, *outputs)
-        return d_q, d_k, d_v, d_g, d_start, None
+        return d_q, d_k, d_v, d_g, d_start, None, None
 
 
 def linear_attention_carry(
