@@ -123,3 +123,10 @@ def test_one_precision_or_none():
     kept = [entry for _, _, products in y.grad_fn.before for entry in products.kept or []]
     assert kept
     assert all(entry is None for entry in kept)
+
+
+def test_products_of_few_inputs_are_not_kept(monkeypatch):
+    monkeypatch.setattr("remanence.memory.linear.FEW", 4)
+    x = torch.randn(1, 12, 4, dtype=torch.float64)
+    y, _ = in_pieces(Leaky(), x, piece=4, keep="projections")
+    assert not any(entry for _, _, products in y.grad_fn.before for entry in products.kept or [])

@@ -206,3 +206,25 @@ def test_the_proof_holds_and_its_control_does_not(id: str) -> None:
     system, control = catalogue.proofs()[id].run()
     assert system.holds, system.says
     assert not control.holds, control.says
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("T", [0, 1, 2, 30])
+def test_a_convolution_of_features_apart_is_that_of_all_of_them(bias, T):
+    torch.manual_seed(0)
+    conv = ShortConv(7, 4, bias=bias).double()
+    if bias:
+        torch.nn.init.normal_(conv.bias)
+    x = torch.randn(2, T, 7, dtype=torch.float64, requires_grad=True)
+    state = {"tail": torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)}
+    leaves = [x, state["tail"], *conv.parameters()]
+    ys, apart = conv.apart(x.split([2, 5], -1), state, silu=True)
+    y, whole = conv(x, state, silu=True)
+    torch.testing.assert_close(torch.cat(ys, -1), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(apart["tail"], whole["tail"], rtol=0, atol=0)
+    found, wanted = (
+        torch.autograd.grad(out.sin().sum() + after["tail"].square().sum(), leaves)
+        for out, after in ((torch.cat(ys, -1), apart), (y, whole))
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,8 +122,8 @@ class GatedDeltaNet(Memory):
         return self._read(x, state)
 
     def _read(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        mixed, conv = self.conv(torch.cat([self.q(x), self.kv(x)], -1), state["conv"], silu=True)
-        q, k, v = mixed.split(self.widths, -1)
+        (q, kv), conv = self.conv.apart([self.q(x), self.kv(x)], state["conv"], silu=True)
+        k, v = kv.split(self.widths[1:], -1)
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = l2_norm(split(q, self.heads), scale=self.head_dim**-0.5)

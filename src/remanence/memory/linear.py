@@ -32,6 +32,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.linear(x, weight, bias) if reading is None else reading.take(x, weight, bias)
 
 
+FEW = 128
+"""Inputs up to which a product takes no longer to make again than other operations do: it is not kept."""
 Kept = tuple[Tensor, int] | None
 """A product and its version when it was new."""
 
@@ -39,9 +41,9 @@ Kept = tuple[Tensor, int] | None
 class Products:
     """The products of one piece of a sequence, in their order, for a second reading of the same.
 
-    Within `first()` they are computed and kept. Within `second()` each is handed back and forgotten, with the gradient
-    of a linear map; what is not known, since it was never kept or somebody has altered it in place, is computed.
-    `complete` says whether the second reading was like the first, as far as its products tell.
+    Within `first()` they are computed and kept, but for those of `FEW` inputs. Within `second()` each is handed back and
+    forgotten, with the gradient of a linear map; what is not known, since it was never kept or somebody has altered it
+    in place, is computed. `complete` says whether the second reading was like the first, as far as its products tell.
     """
 
     def __init__(self) -> None:
@@ -91,7 +93,8 @@ class Products:
         if self.at is None:
             y = ops.linear(x, weight, bias)
             assert self.kept is not None
-            self.kept.append((y.detach(), y._version) if plain and y.dtype == x.dtype else None)
+            keeps = plain and y.dtype == x.dtype and x.shape[-1] > FEW
+            self.kept.append((y.detach(), y._version) if keeps else None)
             return y
         self.at += 1
         known = self._known(self.at - 1, (*x.shape[:-1], len(weight)), x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,15 @@ class ShortConv(nn.Module):
         """The convolution, or its SiLU in the same pass."""
         bias = None if self.bias is None else wide(self.bias)
         return ops.causal_conv(wide(x), wide(self.weight), bias, state, silu=silu)
+
+    def apart(self, xs: Sequence[Tensor], state: State, *, silu: bool = False) -> tuple[list[Tensor], State]:
+        """The same of features that stand in several tensors, which need not be joined for it."""
+        widths = [x.shape[-1] for x in xs]
+        weights, tails = wide(self.weight).split(widths), state["tail"].split(widths, -1)
+        biases = [None] * len(xs) if self.bias is None else wide(self.bias).split(widths)
+        each = zip(xs, weights, biases, tails, strict=True)
+        made = [ops.causal_conv(wide(x), w, b, {"tail": tail}, silu=silu) for x, w, b, tail in each]
+        return [y for y, _ in made], {"tail": torch.cat([after["tail"] for _, after in made], -1)}
 
 
 class DecayGate(nn.Module):
