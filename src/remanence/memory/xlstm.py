@@ -88,5 +88,6 @@ class MLSTM(Memory):
         if self.cap is not None:
             gates = self.cap * torch.tanh(gates / self.cap)
         write, forget = gates.transpose(1, 2).split(self.heads, dim=1)
-        y, state = expgate(q * q.shape[-1] ** -0.5, k, v, F.logsigmoid(forget), write, state, eps=self.eps)
+        forget, scale = F.logsigmoid(forget), self.head_dims[0] ** -0.5
+        y, state = expgate(q, k, v, forget, write, state, scale=scale, eps=self.eps)
         return self.out(self.norm(merge(y).to(x.dtype), o)), state

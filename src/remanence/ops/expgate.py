@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from remanence.errors import expect
-from remanence.ops.decay import floored, recurrent_dtype
+from remanence.ops import dispatch
+from remanence.ops.decay import floored, recurrent_dtype, second_order
 from remanence.ops.linear_attention import linear_attention
 from remanence.ops.scan import scan
 from remanence.ops.taps import tapped
@@ -55,6 +59,7 @@ def expgate(
     log_input: Tensor,
     state: State | None = None,
     *,
+    scale: float = 1.0,
     eps: float = 0.0,
     chunk_size: int = 64,
 ) -> tuple[Tensor, State]:
@@ -65,7 +70,7 @@ def expgate(
     in y and has no gradient of its own: what depends on C and n is differentiated exactly.
 
     With m known beforehand (a running maximum) this is linear attention with decay f_t + m_{t−1} − m_t ≤ 0, over a
-    scan of keys. The query is not scaled.
+    scan of keys.
 
     n and n · q are float64 whatever the rest is: that costs little, as n has one number per key feature, and where the
     terms of n · q cancel, their rounding would be that of y, many times over. C' is not: its sums give their values
@@ -75,6 +80,7 @@ def expgate(
     Args:
         log_forget: f ≤ 0, clamped at −60.
         log_input: i, any number; −∞ writes nothing.
+        scale: of the queries.
         eps: added to the denominator of the stabilised quotient, as published models do (1e-6).
         chunk_size: changes speed, never the result.
 
@@ -89,20 +95,13 @@ def expgate(
     for name, gate in (("log_forget", log_forget), ("log_input", log_input)):
         expect("expgate", name, gate, "batch heads time", batch=B, heads=H, time=T)
     if T <= 1:
-        return expgate_reference(query, key, value, log_forget, log_input, state, eps=eps)
+        return expgate_reference(scale * query, key, value, log_forget, log_input, state, eps=eps)
     C, n, start = _begin(key, value, state)
     keep, write, m = _stabilised(log_forget, log_input, start)
-    num, rounded, C, _ = _sums(query, key, value, keep, write, C, n.to(C.dtype), chunk_size)
-    counted = (key.double() * write.exp()[..., None]).transpose(1, 2).flatten(2)
-    n, _ = scan(keep.transpose(1, 2).repeat_interleave(K, 2), counted, {"h": n.double().flatten(1)})
-    n = n.unflatten(2, (H, K))
-    den = (n * query.transpose(1, 2)).sum(-1).transpose(1, 2)
-    with torch.no_grad():
-        most = value.abs().amax(2, keepdim=True).to(C.dtype)
-        typical = (num / rounded[..., None]).nan_to_num().clamp(-most, most)
-    num = num + typical * (den - rounded).to(C.dtype)[..., None]
-    size = (torch.maximum(den.abs(), (-m).exp()) + eps).to(C.dtype)
-    return (num / size[..., None]).to(value.dtype), {"C": C, "n": n[:, -1], "m": m[:, :, -1]}
+    run = _Compiled.apply if dispatch.compiled(key) and not dispatch.triton(value) else _by_sums
+    q, k, v = query.to(C.dtype), key.to(C.dtype), value.to(C.dtype)
+    y, C, n = run(q, k, v, keep, write, C, n.double(), m, scale, eps, min(chunk_size, T))
+    return y.to(value.dtype), {"C": C, "n": n, "m": m[:, :, -1]}
 
 
 def exponential_sums(
@@ -180,6 +179,71 @@ def _sums(
     sums, after = linear_attention(query, written, counted, keep.to(C.dtype), S, chunk_size=chunk_size)
     C, n = after["S"][..., :-1].contiguous(), after["S"][..., -1].contiguous()
     return sums[..., :-1], sums[..., -1], C, n
+
+
+def _by_sums(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, write: Tensor, C: Tensor, n: Tensor, m: Tensor, scale: float,
+    eps: float, size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, C', n') in differentiable operations, on any device."""
+    q, dtype = scale * q, C.dtype
+    num, rounded, C, _ = _sums(q, k, v, keep, write, C, n.to(dtype), size)
+    counted = (k.double() * write.exp()[..., None]).transpose(1, 2).flatten(2)
+    ns, _ = scan(keep.transpose(1, 2).repeat_interleave(k.shape[3], 2), counted, {"h": n.flatten(1)})
+    ns = ns.unflatten(2, n.shape[1:])
+    den = (ns * q.transpose(1, 2)).sum(-1).transpose(1, 2)
+    with torch.no_grad():
+        most = v.abs().amax(2, keepdim=True)
+        typical = (num / rounded[..., None]).nan_to_num().clamp(-most, most)
+    num = num + typical * (den - rounded).to(dtype)[..., None]
+    whole = (torch.maximum(den.abs(), (-m).exp()) + eps).to(dtype)
+    return num / whole[..., None], C, ns[:, -1]
+
+
+class _Compiled(torch.autograd.Function):
+    """The same compiled for the CPU, with gradients by hand: a head at a time, a stretch of it in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, write: Tensor, C: Tensor, n: Tensor, m: Tensor,
+        scale: float, eps: float, size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        from remanence.ops import expgate_kernels as kernels
+        from remanence.ops.chunk_kernels import EVERY
+        from remanence.ops.compiled import blank, flat, rows, spread_products
+
+        (B, H, T, K), V = k.shape, v.shape[3]
+        stretches = -(-T // (size * EVERY))
+        y, den, most = blank(v, 3), m.new_empty(B, H, T), v.new_empty(B, H, V)
+        befores, n_befores = v.new_empty(B * H * (stretches + 1), 1, K, V + 1), n.new_empty(B * H, stretches, K)
+        C_end, n_end = C.new_empty(C.shape), n.new_empty(n.shape)
+        ctx.how = H, T, size, EVERY, scale, eps
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *map(rows, (keep, write, m))
+        kept = rows(den), rows(most), befores.numpy(), n_befores.numpy()
+        outputs = *flat(y, 3), *kept, rows(C_end), rows(n_end)
+        spread_products(kernels.forward, B * H, k.numel(), *ctx.how, *inputs, rows(C), rows(n), *outputs)
+        ctx.save_for_backward(q, k, v, keep, write, C, n, m, y, den, most, befores, n_befores)
+        return y, C_end, n_end
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from remanence.ops import expgate_kernels as kernels
+        from remanence.ops.compiled import blank, flat, rows, spread_products
+
+        *given, y, den, most, befores, n_befores = ctx.saved_tensors
+        q, k, v, keep, write, *_, m = given
+        (_, _, size, _, scale, eps), nothing = ctx.how, (None,) * 3
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            plain = partial(_by_sums, scale=scale, eps=eps, size=size)
+            return *second_order(ctx.needs_input_grad[:8], plain, given, grads), *nothing
+        d_q, d_k, d_v = (blank(x, 3) for x in (q, k, v))
+        d_keep, d_write = torch.empty_like(den), torch.empty_like(den)
+        d_C, d_n = (d.clone(memory_format=torch.contiguous_format) for d in grads[1:])
+        inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *map(rows, (keep, write, m))
+        kept = *flat(y, 3), rows(den), rows(most), befores.numpy(), n_befores.numpy(), *flat(grads[0], 3)
+        outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *map(rows, (d_keep, d_write, d_C, d_n))
+        spread_products(kernels.backward, k.shape[0] * k.shape[1], k.numel(), *ctx.how, *inputs, *kept, *outputs)
+        return d_q, d_k, d_v, d_keep, d_write, d_C, d_n, None, *nothing
 
 
 def _begin(key: Tensor, value: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor]:
