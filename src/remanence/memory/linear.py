@@ -41,9 +41,9 @@ Kept = tuple[Tensor, int] | None
 class Products:
     """The products of one piece of a sequence, in their order, for a second reading of the same.
 
-    Within `first()` they are computed and kept, but for those of `FEW` inputs. Within `second()` each is handed back and
-    forgotten, with the gradient of a linear map; what is not known, since it was never kept or somebody has altered it
-    in place, is computed. `complete` says whether the second reading was like the first, as far as its products tell.
+    Within `first()` they are computed and kept, but for those of `FEW` inputs. Within `second()` each is handed back
+    and forgotten, with the gradient of a linear map; what is not known, since it was never kept or somebody has altered
+    it in place, is computed. `complete` says whether the second reading was like the first, as far as products tell.
     """
 
     def __init__(self) -> None:
