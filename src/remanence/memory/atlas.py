@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cached_property
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -69,6 +70,11 @@ class PolynomialFeatures(nn.Module):
         self.register_buffer("pick", torch.cat(factors).mT.to(self.root.dtype), persistent=False)
         self.register_buffer("degree", torch.tensor(degrees), persistent=False)
         self.register_buffer("share", torch.tensor(shares, dtype=torch.float64).sqrt(), persistent=False)
+
+    def products(self) -> Lift:
+        """The same for the compiled steps. Buffers by their names: to look them up in the module takes longer."""
+        own = self._buffers
+        return Lift(own["factors"], own["degree"], own["share"], self.root)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         factors = iter((x @ self.pick.to(x.dtype)).split(self.sizes, -1))
@@ -145,12 +151,14 @@ class OmegaNet(FastWeightMemory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        held = (part for name in ("weight", "momentum", "window") for part in state["net"].get(name, {}).values())
-        if x.shape[1] == 1 and self.linear and steps.worth(x, state["conv"]["tail"], *held):
-            return self._token(x, state)
+        if x.shape[1] == 1 and self.linear:
+            net = state["net"]
+            held = [part for name in ("momentum", "window") if name in net for part in net[name].values()]
+            if steps.worth(x, state["conv"]["tail"], net["weight"]["0"], *held):
+                return self._token(x, state)
         return super().forward(x, state)
 
-    @property
+    @cached_property
     def linear(self) -> bool:
         """Whether a token's write is one of a matrix that the compiled step knows."""
         plain = self.spread == 1 and len(self.start) == 1 and self.retention is None and self.norm is None
@@ -162,14 +170,14 @@ class OmegaNet(FastWeightMemory):
     def _token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         net, exact, lift = state["net"], isinstance(self, OmegaDelta), None
         if self.features is not None:
-            lift = Lift(self.features.factors, self.features.degree, self.features.share, self.features.root)
+            lift = self.features.products()
         y, after, tail = layer_steps.window_token(
             project(self.qkv, x), project(self.gates, x), self.conv.weight, state["conv"]["tail"], net,
             self.readout.plan(x), lift, decays="retain" in self.names, squared=exact, most=self.max_step,
             bound=self.bound if exact else None,
         )  # fmt: skip
         pos = net["pos"] + 1
-        if not math.isfinite(float(y.sum())):
+        if not math.isfinite(y.sum().item()):
             self.diverged({**after, "pos": pos})
         anchor = after["weight"]
         if self.chunk_size > 1:

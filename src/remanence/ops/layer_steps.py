@@ -490,23 +490,25 @@ def window_token(
     Shapes: mixed [B, 1, 2·H·K + H·V] passes a convolution and SiLU; gates [B, 1, ...] the logits of what is kept
     (`decays`), of the step, of the momentum, [H] each, and of the window, [H·c], where there are such.
     """
-    W, S, past = net["weight"]["0"], net.get("momentum", {}).get("0"), net.get("window")
-    B, H, V, F = W.shape
-    keys, values = (None, None) if past is None else (past["key"], past["value"])
-    c, width = 1 if keys is None else keys.shape[2] + 1, taps.shape[1]
-    K = (taps.shape[0] - H * V) // (2 * H)
+    W, S, past = net["weight"]["0"], net.get("momentum"), net.get("window")
+    held, (keys, values) = S and S["0"], (None, None) if past is None else (past["key"], past["value"])
+    (B, H, V, F), (D, width) = W.shape, taps.shape
     y, after, end = W.new_empty(B, 1, H * V), blank(tail), blank(W)
-    moved, new_k, new_v = (None if part is None else blank(part) for part in (S, keys, values))
-    shares, roots = (None, None) if lift is None else (lift.shares, lift.roots)
-    which = (0, 0) if lift is None else (lift.factors.data_ptr(), lift.degrees.data_ptr())
-    depth = 0 if lift is None else lift.factors.shape[1]
-    learnt = taps, tail, shares, roots, *readout[:2]
-    given = mixed, gates, *learnt, W, S, keys, values, y, after, moved, new_k, new_v, end
+    moved, new_k, new_v = (None if part is None else blank(part) for part in (held, keys, values))
+    which, depth, roots = (0, 0, 0), 0, None
+    if lift is not None:
+        shares, depth, roots = lift.shares.double(), lift.factors.shape[1], lift.roots
+        which = lift.factors.data_ptr(), lift.degrees.data_ptr(), shares.data_ptr()
+    weight, gate, *_ = readout
+    given = mixed, gates, taps, tail, roots, weight, gate, W, held, keys, values, y, after, moved, new_k, new_v, end
+    sizes = B, H, (D - H * V) // (2 * H), F, V, 1 if keys is None else keys.shape[2] + 1, depth, width
     rule = int(decays), int(S is not None), squared, float(most), float(bound or 0), 1e-6
-    run(_omega.window_token, given, *which, B, H, K, F, V, c, depth, width, *rule, *readout.how(H)[1:])
+    run(_omega.window_token, given, *which, *sizes, *rule, *readout.how(H)[1:])
     told: State = {"weight": {"0": end}}
-    told |= {} if moved is None else {"momentum": {"0": moved}}
-    told |= {} if new_k is None or new_v is None else {"window": {"key": new_k, "value": new_v}}
+    if moved is not None:
+        told["momentum"] = {"0": moved}
+    if new_k is not None:
+        told["window"] = {"key": new_k, "value": new_v}
     return y, told, after
 
 
