@@ -1,8 +1,9 @@
 """Exponential gating compiled for the CPU: each call takes the heads from `first` to `last`, stretch after stretch.
 
-A stretch is as many tokens as linear attention keeps one state for. Its sums are those of `linear_attention_kernels`,
-over a copy of the stretch that stays in the cache; what stands here are weights, n' and the quotient, and what is
-between them. Tensors [B, H, T, …] come as flat arrays with their strides, gates as float64 [B·H, T].
+A stretch is as many tokens as linear attention keeps one state for. It is copied into the cache first, in loops that do
+nothing else, since rows of a head lie far apart and would be waited for one by one. Its sums are those of
+`linear_attention_kernels`; what stands here are weights, n' and the quotient. Tensors [B, H, T, …] come as flat arrays
+with their strides, gates as float64 [B·H, T].
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import numpy as np
 
 from remanence.ops import linear_attention_kernels as linear
-from remanence.ops.chunk_kernels import PER_HEAD, add_scaled, copy, copy_row, dot, put
+from remanence.ops.chunk_kernels import PER_HEAD, copy, copy_row, dot
 from remanence.ops.compiled import borrowing, decay, jit
 from remanence.ops.decay import FLOOR
 
@@ -38,13 +39,17 @@ def forward(
         for s in range(stretches):
             t, n, at = s * N, min(N, T - s * N), r * (stretches + 1) + s
             copy_row(ns[0], n_befores[r, s])
-            _weigh(b, h, r, t, n, scale, q, q_at, k, k_at, v, v_at, keep, write, queries, keys, values, log_decays, ns)
+            _take(q, q_at, b, h, t, n, K, queries)
+            _take(k, k_at, b, h, t, n, K, keys)
+            _take(v, v_at, b, h, t, n, V, values)
+            _weigh(n, q.dtype.type(scale), keep[r, t:], write[r, t:], queries, keys, log_decays, ns)
             linear.forward(
                 0, 1, 1, n, C, every, PER_HEAD, False, queries.reshape(-1), (0, 0, K), keys.reshape(-1), (0, 0, K),
                 values.reshape(-1), (0, 0, V + 1), log_decays, (0, 0, 1), S, sums.reshape(-1), (0, 0, V + 1),
                 befores[at : at + 1], S,
             )  # fmt: skip
-            _divide(b, h, r, t, n, eps, queries, ns, sums, m, most[r], y, y_at, den)
+            _divide(n, eps, m[r, t:], most[r], queries, ns, sums, den[r, t:])
+            _put(y, y_at, b, h, t, n, V, sums)
             copy_row(ns[n], ns[0])
         copy(S[0], befores[r * (stretches + 1) + stretches, 0])
         copy(S[0], C_end[r])
@@ -58,12 +63,12 @@ def backward(
 ):  # fmt: skip
     """`d_C` and `d_n` hold the gradients of the states after all tokens, and get those of the states before."""
     K, V = d_C.shape[1:]
-    N = min(T, C * every)
+    N, factor = min(T, C * every), q.dtype.type(scale)
     stretches = -(-T // N)
     queries, keys, values, log_decays, ns = _buffers(N, K, V, q)
     d_queries, d_keys, d_values, d_log_decays, _ = _buffers(N, K, V, q)
     d_sums, d_den, d_S = np.empty((N, V + 1), q.dtype), np.empty(N), np.empty((1, K, V + 1), q.dtype)
-    row, u = np.empty(V, q.dtype), np.empty(K)
+    out, row, u = np.empty((N, V), q.dtype), np.empty(V, q.dtype), np.empty(K)
     for r in range(first, last):
         b, h = r // H, r % H
         for d in range(K):
@@ -72,8 +77,13 @@ def backward(
         for s in range(stretches - 1, -1, -1):
             t, n, at = s * N, min(N, T - s * N), r * (stretches + 1) + s
             copy_row(n_befores[r, s], ns[0])
-            _weigh(b, h, r, t, n, scale, q, q_at, k, k_at, v, v_at, keep, write, queries, keys, values, log_decays, ns)
-            _divide_backward(b, h, r, t, n, eps, m, most[r], y, y_at, den, d_y, d_y_at, d_sums, d_den, row)
+            _take(q, q_at, b, h, t, n, K, queries)
+            _take(k, k_at, b, h, t, n, K, keys)
+            _take(v, v_at, b, h, t, n, V, values)
+            _take(y, y_at, b, h, t, n, V, out)
+            _take(d_y, d_y_at, b, h, t, n, V, d_sums)
+            _weigh(n, factor, keep[r, t:], write[r, t:], queries, keys, log_decays, ns)
+            _divide_backward(n, eps, m[r, t:], most[r], out, den[r, t:], d_sums, d_den, row)
             linear.backward(
                 0, 1, 1, n, C, every, PER_HEAD, False, queries.reshape(-1), (0, 0, K), keys.reshape(-1), (0, 0, K),
                 values.reshape(-1), (0, 0, V + 1), log_decays, (0, 0, 1), befores[at : at + 1], befores[at + 1],
@@ -81,10 +91,12 @@ def backward(
                 d_values.reshape(-1), (0, 0, V + 1), d_log_decays, (0, 0, 1), d_S,
             )  # fmt: skip
             _weigh_backward(
-                b, h, r, t, n, scale, k, k_at, keep, write, queries, ns, d_den, d_queries, d_keys, d_log_decays, d_n[r],
-                d_q, d_q_at, d_k, d_k_at, d_keep, d_write, u,
+                n, factor, keep[r, t:], write[r, t:], queries, keys, ns, d_den, d_queries, d_keys, d_log_decays, d_n[r],
+                d_keep[r, t:], d_write[r, t:], u,
             )  # fmt: skip
-            put(d_v, d_v_at, b, h, t, d_values[:n, :V])
+            _put(d_q, d_q_at, b, h, t, n, K, d_queries)
+            _put(d_k, d_k_at, b, h, t, n, K, d_keys)
+            _put(d_v, d_v_at, b, h, t, n, V, d_values)
         for d in range(K):
             copy_row(d_S[0, d], d_C[r, d])
             d_n[r, d] += d_S[0, d, V]
@@ -98,61 +110,73 @@ def _buffers(N, K, V, like):
 
 
 @borrowing
+def _take(x, at, b, h, t, n, width, out):
+    """Copy n rows of a head from token t on to the first columns of out."""
+    start = b * at[0] + h * at[1] + t * at[2]
+    for i in range(n):
+        row, to = x[start + i * at[2] : start + i * at[2] + width], out[i]
+        for d in range(width):
+            to[d] = row[d]
+
+
+@borrowing
+def _put(x, at, b, h, t, n, width, rows):
+    """The inverse of `_take`."""
+    start = b * at[0] + h * at[1] + t * at[2]
+    for i in range(n):
+        to, row = x[start + i * at[2] : start + i * at[2] + width], rows[i]
+        for d in range(width):
+            to[d] = row[d]
+
+
+@borrowing
 def _greatest(v, at, b, h, T, out):
     """The greatest size of each feature of a head's values."""
     out[:] = 0
+    start = b * at[0] + h * at[1]
     for t in range(T):
-        start = b * at[0] + h * at[1] + t * at[2]
-        row = v[start : start + out.shape[0]]
+        row = v[start + t * at[2] : start + t * at[2] + out.shape[0]]
         for d in range(out.shape[0]):
             size = abs(row[d])
             out[d] = size if size > out[d] else out[d]
 
 
 @borrowing
-def _weigh(b, h, r, t, n, scale, q, q_at, k, k_at, v, v_at, keep, write, queries, keys, values, log_decays, ns):
-    """A stretch as linear attention reads it, and, from n' before it, n' after each token."""
-    K, V, real = queries.shape[1], values.shape[1] - 1, q.dtype.type
+def _weigh(n, factor, keep, write, queries, keys, log_decays, ns):
+    """Queries times their factor and keys times their weights; from n' before the stretch, n' after each token."""
+    K, real = queries.shape[1], queries.dtype.type
     for i in range(n):
-        start = b * q_at[0] + h * q_at[1] + (t + i) * q_at[2]
-        row, to, factor = q[start : start + K], queries[i], real(scale)
+        row, before, after, query = keys[i], ns[i], ns[i + 1], queries[i]
+        kept, weight = decay(keep[i]), math.exp(write[i])
         for d in range(K):
-            to[d] = factor * row[d]
-        start = b * v_at[0] + h * v_at[1] + (t + i) * v_at[2]
-        copy_row(v[start : start + V], values[i, :V])
-        start = b * k_at[0] + h * k_at[1] + (t + i) * k_at[2]
-        row, to, before, after = k[start : start + K], keys[i], ns[i], ns[i + 1]
-        kept, weight = decay(keep[r, t + i]), math.exp(write[r, t + i])
-        factor = real(weight)
-        for d in range(K):
-            to[d] = factor * row[d]
             after[d] = kept * before[d] + weight * row[d]
-        log_decays[i] = keep[r, t + i]
+        weight = real(weight)
+        for d in range(K):
+            row[d] *= weight
+            query[d] *= factor
+        log_decays[i] = keep[i]
 
 
 @borrowing
 def _weigh_backward(
-    b, h, r, t, n, scale, k, k_at, keep, write, queries, ns, d_den, d_queries, d_keys, d_log_decays, d_n,
-    d_q, d_q_at, d_k, d_k_at, d_keep, d_write, u,
+    n, factor, keep, write, queries, keys, ns, d_den, d_queries, d_keys, d_log_decays, d_n, d_keep, d_write, u
 ):  # fmt: skip
     """`d_n` holds the gradient of n' after the stretch, and gets that before; what linear attention found is added."""
-    K, real = queries.shape[1], queries.dtype.type
-    factor = real(scale)
+    K = queries.shape[1]
     for i in range(n - 1, -1, -1):
-        kept, weight = decay(keep[r, t + i]), math.exp(write[r, t + i])
-        add_scaled(queries[i], d_den[i], d_n)
-        start = b * d_q_at[0] + h * d_q_at[1] + (t + i) * d_q_at[2]
-        row, to, now, by = d_queries[i], d_q[start : start + K], ns[i + 1], d_den[i]
+        kept, weight, by = decay(keep[i]), math.exp(write[i]), d_den[i]
+        row, after, query = d_queries[i], ns[i + 1], queries[i]
         for d in range(K):
-            to[d] = factor * real(row[d] + by * now[d])
-        start = b * d_k_at[0] + h * d_k_at[1] + (t + i) * d_k_at[2]
-        row, to = d_keys[i], d_k[start : start + K]
+            row[d] = factor * (row[d] + by * after[d])
         for d in range(K):
-            u[d] = weight * (row[d] + d_n[d])
-            to[d] = u[d]
-        start = b * k_at[0] + h * k_at[1] + (t + i) * k_at[2]
-        d_write[r, t + i] = dot(u, k[start : start + K])
-        d_keep[r, t + i] = d_log_decays[i] + kept * dot(d_n, ns[i]) if keep[r, t + i] >= FLOOR else 0
+            d_n[d] += by * query[d]
+        row = d_keys[i]
+        for d in range(K):
+            u[d] = row[d] + d_n[d]
+        for d in range(K):
+            row[d] = weight * u[d]
+        d_write[i] = dot(u, keys[i])
+        d_keep[i] = d_log_decays[i] + kept * dot(d_n, ns[i]) if keep[i] >= FLOOR else 0
         for d in range(K):
             d_n[d] *= kept
 
@@ -166,35 +190,33 @@ def _near(value, most, zero):
 
 
 @borrowing
-def _divide(b, h, r, t, n, eps, queries, ns, sums, m, most, y, y_at, den):
+def _divide(n, eps, m, most, queries, ns, sums, den):
+    """The quotient, in place of C'ᵀq, which the row's last number, the rounded n'·q, comes after."""
     V, real, zero = most.shape[0], sums.dtype.type, sums.dtype.type(0)
     for i in range(n):
         exact, row = dot(ns[i + 1], queries[i]), sums[i]
-        den[r, t + i] = exact
-        size, rounded = real(max(abs(exact), math.exp(-m[r, t + i])) + eps), row[V]
-        missing, start = real(exact - rounded), b * y_at[0] + h * y_at[1] + (t + i) * y_at[2]
-        to = y[start : start + V]
+        den[i] = exact
+        size, rounded = real(max(abs(exact), math.exp(-m[i])) + eps), row[V]
+        missing = real(exact - rounded)
         for d in range(V):
-            to[d] = (row[d] + _near(row[d] / rounded, most[d], zero) * missing) / size
+            row[d] = (row[d] + _near(row[d] / rounded, most[d], zero) * missing) / size
 
 
 @borrowing
-def _divide_backward(b, h, r, t, n, eps, m, most, y, y_at, den, d_y, d_y_at, d_sums, d_den, typical):
-    """The gradients of C'ᵀq and of both n'·q. y is what `typical` was or near it, but for its size and its sign."""
+def _divide_backward(n, eps, m, most, y, den, d_sums, d_den, typical):
+    """From d_y the gradients of C'ᵀq, in place, and of n'·q, rounded in the last column, exact in `d_den`.
+
+    What is typical is made of y, which is near it but for the size and the sign of the denominator.
+    """
     V, real, zero = most.shape[0], d_sums.dtype.type, d_sums.dtype.type(0)
     for i in range(n):
-        exact, least = den[r, t + i], math.exp(-m[r, t + i])
+        exact, least = den[i], math.exp(-m[i])
         whole = max(abs(exact), least) + eps
-        size, ratio, to = real(whole), real(whole / exact), d_sums[i, :V]
-        start, other = (
-            b * y_at[0] + h * y_at[1] + (t + i) * y_at[2],
-            b * d_y_at[0] + h * d_y_at[1] + (t + i) * d_y_at[2],
-        )
-        out, given = y[start : start + V], d_y[other : other + V]
+        size, ratio, out, row = real(whole), real(whole / exact), y[i], d_sums[i]
         for d in range(V):
-            to[d] = given[d] / size
+            row[d] /= size
             typical[d] = _near(out[d] * ratio, most[d], zero)
-        back, along = dot(typical, to), dot(out, to)
-        d_sums[i, V] = -back
+        back, along = dot(typical, row), dot(out, row)
+        row[V] = -back
         share = 0.5 if abs(exact) == least else (1.0 if abs(exact) > least else 0.0)  # as of a maximum
         d_den[i] = back - share * along * (1.0 if exact > 0 else -1.0)
