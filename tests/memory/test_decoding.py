@@ -68,9 +68,12 @@ VARIANTS = [
     ("test-time-regression", {"weights": "window", "heads": 4, "ridge": 1e-3}),
     ("omega-delta", {"optimizer": "gradient", "window": 9, "degree": 3}),
     ("omega-delta", {"window": 1, "degree": None, "retention": "none", "bound": None}),
+    ("omega-delta", {"dim": 40, "optimizer": "gradient"}),
     ("swla", {"chunk_size": 3, "optimizer": "momentum", "window": 1}),
     ("swla", {"chunk_size": 3, "degree": 2, "gate": False}),
     ("omeganet", {"structure": "matrix", "objective": "dot", "expand": 1}),
+    ("ckconv", {"dim": 19, "hidden": 16}),
+    ("ckconv", {"horizon": 1, "hidden": 8}),
     ("tcnca", {"kernel": 1, "chunk": 1}),
     ("tcnca", {"move": "ema", "kernel": None, "dilation": None, "layers": None}),
 ]
@@ -111,7 +114,7 @@ TOKENS = {
     "dot": "coefficients_token", "swdt": "coefficients_token",
     "tcnca": "chunk_token", "test-time-regression": "regression_token",
     "omega-delta": "window_token", "swla": "window_token",
-    "ckconv": "normed_mix",
+    "ckconv": "basis_token",
 }  # fmt: skip
 
 

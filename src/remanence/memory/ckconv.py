@@ -94,7 +94,7 @@ class CKConv(Memory):
         self.mix = () if depthwise else (dim,)
         self.net = KernelNet(math.prod((*self.mix, dim)), hidden=hidden, omega=omega)
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.timed, self.sampled = Derived(self.functions), Derived(self.factors)
+        self.timed, self.sampled = Derived(self.past), Derived(self.factors)
 
     def at_rate(self, rate: float) -> CKConv:
         """The same convolution (the parameters are shared) for signals sampled `rate` times as finely as in training.
@@ -105,7 +105,7 @@ class CKConv(Memory):
             raise ValueError(f"CKConv: rate must be above 0, got {rate}.")
         other = copy.copy(self)
         other.rate, other._form = rate, None
-        other.timed, other.sampled = Derived(other.functions), Derived(other.factors)
+        other.timed, other.sampled = Derived(other.past), Derived(other.factors)
         return other
 
     @property
@@ -124,6 +124,10 @@ class CKConv(Memory):
             inside = F.conv1d(basis[:, None], blur[None, None])[:, 0]
             basis = torch.cat([basis[:, :reach], inside, basis[:, -reach:]], 1)
         return basis
+
+    def past(self, *_: Tensor) -> Tensor:
+        """These functions as they meet what is held, the farthest first: [taps, hidden + 1]."""
+        return self.functions().flip(-1).mT.contiguous()
 
     def factors(self, *_: Tensor) -> tuple[Tensor, Tensor]:
         """These functions, and their share in each kernel [..., hidden + 1]."""
@@ -159,11 +163,9 @@ class CKConv(Memory):
         """`basis_conv` by the weights as they are: to see whether they are still the same would take longer."""
         *first, last = self.net
         assert isinstance(last, NormedLinear)
-        seen = torch.cat([tail, x], 1)
         basis = self.timed(*(p for layer in first for p in layer.parameters()))
-        found = seen.mT @ basis.to(seen.dtype).flip(-1).mT
-        y = layer_steps.normed_mix(found, last.weight, last.gain, last.bias, self.bias)
-        return y, {"tail": seen[:, 1:]}
+        y, tail = layer_steps.basis_token(x, tail, basis, (last.weight, last.gain, last.bias), self.bias)
+        return y, {"tail": tail}
 
 
 @card(

@@ -515,12 +515,17 @@ def window_token(
 _long_conv = Kernels("long_conv_step_kernels")
 
 
-def normed_mix(found: Tensor, weight: Tensor, gain: Tensor, offset: Tensor, bias: Tensor) -> Tensor:
-    """Σ_d (gain w/‖w‖ · found_d + offset · found_{d,−1}) + bias [B, 1, O]: a weight-normed map read once, as it lies.
+def basis_token(
+    x: Tensor, tail: Tensor, basis: Tensor, normed: tuple[Tensor, Tensor, Tensor], bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`basis_conv` with a weight-normed map, which is read once, as it lies: y [B, 1, O] and the next tail.
 
-    Shapes: found [B, D, N + 1], the last of them of a constant; weight [O·D, N], gain and offset [O·D], bias [O].
+    Shapes: x [B, 1, D], tail [B, L − 1, D]; basis [L, N + 1], of the farthest lag first, its last column the constant;
+    `normed` the weight [O·D, N] before its rows have lengths, these and the constant's share, [O·D]; bias [O].
     """
-    (B, D, N), O = found.shape, len(bias)
-    y = found.new_empty(B, 1, O)
-    run(_long_conv.normed_mix, (found, weight, gain, offset, bias, y), B, O, D, N - 1)
-    return y
+    (B, _, D), (L, functions), weight, O = x.shape, basis.shape, normed[0], len(bias)
+    fits("basis_token", tail, B, L - 1, D)
+    fits("basis_token", weight, O * D, functions - 1)
+    y, after = tail.new_empty(B, 1, O), blank(tail)
+    run(_long_conv.basis_token, (x, tail, basis, *normed, bias, y, after), B, O, D, functions - 1, L)
+    return y, after

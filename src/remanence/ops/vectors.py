@@ -155,3 +155,48 @@ def total(typing, x):
         return builder.extract_element(left, ir.Constant(index, 0))
 
     return x.real(x), generate
+
+
+@_operation
+def put_totals(typing, array, at, a, b, c, d, e, f, g, h):
+    """Put the totals of eight vectors at a place of an array: together they take a third of the steps."""
+    n = _lanes(a.real)
+
+    def generate(context, builder, signature, arguments):
+        parts, part = list(arguments[2:]), n  # a part: numbers of a vector that have one total still
+
+        def added(x, y, count):
+            kind, parts_at = ir.VectorType(ir.IntType(32), count), range(0, 2 * count, part)
+            first = [i + j for i in parts_at for j in range(part // 2)]
+            halves = first, [i + part // 2 for i in first]
+            return builder.fadd(
+                *(builder.shuffle_vector(x, y, ir.Constant(kind, half)) for half in halves), flags=_FLAGS
+            )
+
+        while part > 1:
+            if len(parts) > 1:
+                parts = [added(x, y, n) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+            else:
+                count = parts[0].type.count // 2
+                parts = [added(parts[0], ir.Constant(parts[0].type, ir.Undefined), count)]
+            part //= 2
+        place, kind = _place(context, builder, signature.args[0], *arguments[:2]), signature.args[2].real
+        for i, x in enumerate(parts):
+            here = builder.gep(place, [ir.Constant(ir.IntType(64), i * x.type.count)])
+            builder.store(x, builder.bitcast(here, x.type.as_pointer()), align=kind.bitwidth // 8)
+
+    return types.void(array, types.intp, a, b, c, d, e, f, g, h), generate
+
+
+@_operation
+def expect_soon(typing, array, at):
+    """Begin to fetch the line of the cache in which a place of an array lies, even past its end."""
+
+    def generate(context, builder, signature, arguments):
+        place, byte, number = _place(context, builder, signature.args[0], *arguments), ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+        how = [ir.Constant(number, i) for i in (0, 2, 1)]  # to read, into the second cache, data
+        builder.call(fetch, [builder.bitcast(place, byte.as_pointer()), *how])
+
+    return types.void(array, types.intp), generate
