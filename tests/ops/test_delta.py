@@ -37,6 +37,27 @@ def test_any_chunks_and_cuts_give_the_loop(obeys, draw, decay, T, chunk_size, cu
     obeys(chunked(chunk_size), gated_delta_rule_reference, inputs(draw, T, decay), cuts, state)
 
 
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize(("unit", "scale"), [(True, 1.0), (True, 0.3), (False, 0.3)])
+@pytest.mark.parametrize("T", [1, 40, 333])
+def test_unit_length_inside_is_unit_length_before(obeys, draw, decay, T, unit, scale):
+    def length(x):
+        return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() if unit else x
+
+    def before(q, k, *x, state=None):
+        return gated_delta_rule_reference(scale * length(q), length(k), *x, state=state)
+
+    def inside(*x, state=None):
+        return gated_delta_rule(*x, state=state, unit=unit, scale=scale, chunk_size=16)
+
+    x = inputs(draw, T, decay)
+    if unit:
+        with torch.no_grad():
+            x[1] *= 3 * torch.rand(x[1].shape[:-1], generator=torch.Generator().manual_seed(1))[..., None]
+            x[1][:, :, T // 2] = 0
+    obeys(inside, before, x, sorted({T // 3, T // 2}), {"S": draw(99)(B, H, K, V)}, tolerance=1e-8)
+
+
 def test_the_law_notices_a_lost_state(obeys, draw):
     with pytest.raises(AssertionError):
         obeys(lambda *x, state=None: gated_delta_rule(*x), gated_delta_rule_reference, inputs(draw, 20), [10])

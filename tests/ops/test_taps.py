@@ -150,3 +150,27 @@ def test_layers_are_tapped_wherever_they_found_their_op() -> None:
         with tap(handler):
             memory(torch.randn(1, 3, 32))
         assert seen & set(ROLES), name
+
+
+def test_handlers_see_the_recurrence_alone() -> None:
+    """What an op does to its arguments beforehand is done when they see them, and not again."""
+    seen: list[Call] = []
+
+    def handler(call: Call):
+        seen.append(call)
+        return call.run()
+
+    q, k, v, beta = x(1, 2, 40, 4), x(1, 2, 40, 4, seed=1), x(1, 2, 40, 3, seed=2), x(1, 2, 40, seed=3).sigmoid()
+    for run in (
+        lambda: ops.linear_attention(q, k, v, silu=True),
+        lambda: ops.gated_delta_rule(q, k, v, beta, unit=True, scale=0.5),
+    ):
+        want, _ = run()
+        with tap(handler):
+            torch.testing.assert_close(run()[0], want, rtol=1e-9, atol=1e-9)
+    silu, unit = (call.arguments for call in seen)
+    for name, given in (("query", q), ("key", k), ("value", v)):
+        assert torch.equal(silu[name], torch.nn.functional.silu(given))
+    torch.testing.assert_close(unit["query"].norm(dim=-1), 0.5 * torch.ones(1, 2, 40).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unit["key"].norm(dim=-1), torch.ones(1, 2, 40).double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(unit["value"], v)

@@ -126,7 +126,7 @@ class GatedDeltaNet(Memory):
         k, v = kv.split(self.widths[1:], -1)
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
-        q = l2_norm(split(q, self.heads), scale=self.head_dim**-0.5)
+        q = split(q, self.heads)
         if self.value_heads > self.heads:
             q, k = (p.repeat_interleave(self.value_heads // self.heads, 1) for p in (q, k))
         g = None if self.decay is None else self.decay(x)
@@ -150,11 +150,19 @@ class GatedDeltaNet(Memory):
         return y, {"S": S, "conv": {"tail": tail}}
 
     def write(self, k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and strengths that are written with, from those projected: [B, H, T, K] and [B, H, T]."""
-        return l2_norm(k), beta
+        """The keys and strengths that the rule takes, from those projected: [B, H, T, K] and [B, H, T]."""
+        return k, beta
 
     def rule(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
-        """The recurrence, with a decay per head or per key feature: what each query reads, and the last state."""
+        """The recurrence, with a decay per head or per key feature: what each query reads, and the last state.
+
+        Queries and keys are as projected; the former are brought to length K^{-1/2}, the latter to 1 unless `exact`.
+        """
+        scale = self.head_dim**-0.5
+        if not self.exact and (g is None or g.ndim == 3):
+            y, state = ops.gated_delta_rule(q, k, v, beta, g, {"S": S}, unit=True, scale=scale)
+            return y, state["S"]
+        q, k = l2_norm(q, scale=scale), k if self.exact else l2_norm(k)
         if g is None or g.ndim == 3:
             y, state = ops.gated_delta_rule(q, k, v, beta, g, {"S": S})
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from remanence.errors import expect
 from remanence.ops import dispatch, steps
 from remanence.ops.decay import cumulative, floored, lower_decay, recurrent_dtype, second_order
+from remanence.ops.norm import normalise
 from remanence.ops.taps import tapped
 from remanence.state import State
 
@@ -37,7 +39,12 @@ def gated_delta_rule_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"S": S}
 
 
-@tapped
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    query, key = _readers(given["query"], given["key"], given["unit"], given["scale"])
+    return given | {"query": query, "key": key, "unit": False, "scale": 1.0}
+
+
+@partial(tapped, plain=_plain)
 def gated_delta_rule(
     query: Tensor,
     key: Tensor,
@@ -46,12 +53,15 @@ def gated_delta_rule(
     log_decay: Tensor | None = None,
     state: State | None = None,
     *,
+    unit: bool = False,
+    scale: float = 1.0,
     chunk_size: int = 64,
 ) -> tuple[Tensor, State]:
     """S ← exp(g_t) S;  S ← S + β_t k_t (v_t − Sᵀk_t)ᵀ;  y_t = Sᵀ q_t, `chunk_size` tokens at a time.
 
-    `chunk_size` changes speed, never the result. Keys are used as given: the rule is stable while
-    0 ≤ β‖k‖² ≤ 2. The query is not scaled.
+    `chunk_size` changes speed, never the result. Keys are used as given: the rule is stable while 0 ≤ β‖k‖² ≤ 2. With
+    `unit`, queries and keys are first brought to unit length, x / √(‖x‖² + 10⁻⁶), which needs no memory of its own.
+    Queries are multiplied by `scale`.
 
     Shapes: `query`, `key` [B, H, T, K], `value` and y [B, H, T, V], `beta` [B, H, T], `log_decay` (≤ 0,
     clamped at −60) None or [B, H, T], any T ≥ 0; state {"S": [B, H, K, V]}, float32 or wider.
@@ -60,6 +70,9 @@ def gated_delta_rule(
     arXiv:2406.06484 (2024).
     """
     _check(query, key, value, beta, log_decay)
+    inside = key.shape[2] > 1 and dispatch.compiled(key) and not dispatch.triton(value)
+    if not (inside and unit):
+        query, key = _readers(query, key, unit, scale)
     if key.shape[2] == 1 and state is not None and steps.worth(state["S"], query, key, value, beta, log_decay):
         y, S = steps.gated_delta_rule(query, key, value, beta, log_decay, state["S"])
         return y, {"S": S}
@@ -77,9 +90,18 @@ def gated_delta_rule(
     if T == 1:
         y, S = _step(q, k, v, b, g, start)
         return y.to(value.dtype), {"S": S}
-    run = _Compiled.apply if dispatch.compiled(k) else _by_chunks
-    y, S = run(q, k, v, b, g, start, min(chunk_size, T))
+    if inside:
+        y, S = _Compiled.apply(q, k, v, b, g, start, min(chunk_size, T), unit, scale if unit else 1.0)
+    else:
+        y, S = _by_chunks(q, k, v, b, g, start, min(chunk_size, T))
     return y.to(value.dtype), {"S": S}
+
+
+def _readers(q: Tensor, k: Tensor, unit: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys as the recurrence takes them."""
+    if unit:
+        return normalise(q, mean=False, scale=scale), normalise(k, mean=False)
+    return q if scale == 1 else scale * q, k
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +141,16 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor, size: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        b: Tensor,
+        g: Tensor | None,
+        start: Tensor,
+        size: int,
+        unit: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         from remanence.ops import delta_kernels as kernels
         from remanence.ops.chunk_kernels import EVERY
@@ -131,9 +162,9 @@ class _Compiled(torch.autograd.Function):
         errors, befores = v.new_empty(B * H, T, V), v.new_empty(B * H, -(-T // (size * EVERY)), K, V)
         inputs = *flat(q, 3), *flat(k, 3), *flat(v, 3), *flat(b, 3), *flat_or_none(g, 3, q), rows(start)
         outputs = *flat(y, 3), errors.numpy(), befores.numpy(), rows(end)
-        spread_products(kernels.forward, B * H, k.numel(), H, T, size, int(g is not None), *inputs, *outputs)
+        ctx.how = H, T, size, int(g is not None), unit, scale
+        spread_products(kernels.forward, B * H, k.numel(), *ctx.how, *inputs, *outputs)
         ctx.save_for_backward(q, k, v, b, g, start, end, errors, befores)
-        ctx.size = size
         return y, end
 
     @staticmethod
@@ -147,20 +178,19 @@ class _Compiled(torch.autograd.Function):
             def plain(
                 q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor | None, start: Tensor
             ) -> tuple[Tensor, Tensor]:
-                return _by_chunks(q, k, v, b, g, start, ctx.size)
+                q, k = _readers(q, k, *ctx.how[4:])
+                return _by_chunks(q, k, v, b, g, start, ctx.how[2])
 
-            return *second_order(ctx.needs_input_grad[:6], plain, (q, k, v, b, g, start), grads), None
-        B, H, T, _ = k.shape
+            return *second_order(ctx.needs_input_grad[:6], plain, (q, k, v, b, g, start), grads), *[None] * 3
+        B, H = k.shape[:2]
         d_q, d_k, d_v, d_b = (blank(x, 3) for x in (q, k, v, b))
         d_g = None if g is None else blank(g, 3)
         d_start = grads[1].clone(memory_format=torch.contiguous_format)
         inputs = *flat(q, 3), *flat(k, 3), *flat(b, 3), *flat_or_none(g, 3, q)
         kept = errors.numpy(), befores.numpy(), rows(end), *flat(grads[0], 3)
         outputs = *flat(d_q, 3), *flat(d_k, 3), *flat(d_v, 3), *flat(d_b, 3), *flat_or_none(d_g, 3, q), rows(d_start)
-        spread_products(
-            kernels.backward, B * H, k.numel(), H, T, ctx.size, int(g is not None), *inputs, *kept, *outputs
-        )
-        return d_q, d_k, d_v, d_b, d_g, d_start, None
+        spread_products(kernels.backward, B * H, k.numel(), *ctx.how, *inputs, *kept, *outputs)
+        return d_q, d_k, d_v, d_b, d_g, d_start, *[None] * 3
 
 
 def gated_delta_rule_carry(

@@ -3,10 +3,13 @@
 What token i writes is w_i = β_i k_i times its error f_i = v_i − (prediction). With the products e^{G} of the decays,
 A_ij = (k_i·w_j) e^{G_i − G_j} for j < i and P_ij = (q_i·w_j) e^{G_i − G_j} for j ≤ i:
 (I + A) F = V − (K ⊙ e^G) S,  Y = P F + (Q ⊙ e^G) S,  S' = e^{G_C} S + (W ⊙ e^{G_C − G})ᵀ F.
-So it is linear attention from keys W to values F with two kinds of readers, Q and K, which are stacked.
+So it is linear attention from keys W to values F with two kinds of readers, Q and K, which are stacked. With `unit`
+both are first brought to unit length, and the queries multiplied by `scale`.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -30,6 +33,8 @@ from remanence.ops.chunk_kernels import (
 )
 from remanence.ops.compiled import jit
 
+EPS = 1e-6
+"""Under the root of a length, which keeps the gradient at zero finite."""
 BLOCK = 16
 """Rows of a triangular system that are solved one by one; what they owe to earlier blocks is a matrix product."""
 
@@ -94,11 +99,35 @@ def _strengthen(keys, ws, b, h, t, beta, beta_at):
 
 
 @jit
-def _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between):
+def _unit(rows, scale, inverse):
+    """Rows to vectors of length `scale`; `inverse` holds what each was multiplied by."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        inverse[i] = row.dtype.type(scale / math.sqrt(dot(row, row) + EPS))
+        for d in range(row.shape[0]):
+            row[d] *= inverse[i]
+
+
+@jit
+def _unit_backward(d_rows, rows, scale, inverse):
+    """Gradients of what `_unit` gave to those of what it was given."""
+    share = rows.dtype.type(1 / (scale * scale))
+    for i in range(rows.shape[0]):
+        row, d_row = rows[i], d_rows[i]
+        along = share * dot(row, d_row)
+        for d in range(row.shape[0]):
+            d_row[d] = inverse[i] * (d_row[d] - along * row[d])
+
+
+@jit
+def _readers(n, b, h, t, unit, scale, q, q_at, k, k_at, beta, beta_at, both, written, scores, between, inverse):
     """Fill `both` with queries over keys, `written` with β k, and `scores` with P over A."""
     readers, ws = both[: 2 * n], written[:n]
     take(readers[:n], q, q_at, b, h, t)
     take(readers[n:], k, k_at, b, h, t)
+    if unit:
+        _unit(readers[:n], scale, inverse)
+        _unit(readers[n:], 1.0, inverse[n:])
     _strengthen(readers[n:], ws, b, h, t, beta, beta_at)
     M = matrix(scores, 2 * n, n)
     product(readers, ws.T, M)
@@ -117,8 +146,8 @@ def multiply_scores(M, between):
 
 @jit
 def forward(
-    first, last, H, T, C, kind, q, q_at, k, k_at, v, v_at, beta, beta_at, g, g_at, start,
-    y, y_at, errors, befores, end,
+    first, last, H, T, C, kind, unit, scale, q, q_at, k, k_at, v, v_at, beta, beta_at, g, g_at, start, y, y_at,
+    errors, befores, end,
 ):  # fmt: skip
     K, V = start.shape[1:]
     dtype = q.dtype
@@ -126,7 +155,7 @@ def forward(
     between, scores = np.empty((C, C), dtype), np.empty(2 * C * C, dtype)
     both, written, reads = np.empty((2 * C, K), dtype), np.empty((C, K), dtype), np.empty((2 * C, V), dtype)
     out, new = np.empty((C, V), dtype), np.empty((K, V), dtype)
-    buffer, owed = np.empty(C * C, dtype), np.empty((C, V), dtype)
+    buffer, owed, inverse = np.empty(C * C, dtype), np.empty((C, V), dtype), np.empty(2 * C, dtype)
     S = np.empty((K, V), dtype)
     known = 0
     for r in range(first, last):
@@ -139,7 +168,7 @@ def forward(
             if kind != NONE or n != known:
                 take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
                 known = n
-            _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between)
+            _readers(n, b, h, t, unit, scale, q, q_at, k, k_at, beta, beta_at, both, written, scores, between, inverse)
             readers, ws, M, F = both[: 2 * n], written[:n], matrix(scores, 2 * n, n), errors[r, t : t + n]
             multiply(readers, from_start, readers[:n])
             multiply(readers[n:], from_start, readers[n:])
@@ -161,8 +190,8 @@ def forward(
 
 @jit
 def backward(
-    first, last, H, T, C, kind, q, q_at, k, k_at, beta, beta_at, g, g_at, errors, befores, end, d_y, d_y_at,
-    d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_beta, d_beta_at, d_g, d_g_at, d_start,
+    first, last, H, T, C, kind, unit, scale, q, q_at, k, k_at, beta, beta_at, g, g_at, errors, befores, end,
+    d_y, d_y_at, d_q, d_q_at, d_k, d_k_at, d_v, d_v_at, d_beta, d_beta_at, d_g, d_g_at, d_start,
 ):  # fmt: skip
     K, V = end.shape[1:]
     dtype = q.dtype
@@ -172,7 +201,7 @@ def backward(
     written, d_written, d_reads = np.empty((C, K), dtype), np.empty((C, K), dtype), np.empty((2 * C, V), dtype)
     d_errors, more, d_over = np.empty((C, V), dtype), np.empty((C, V), dtype), np.empty(K, dtype)
     d_S, new = np.empty((K, V), dtype), np.empty((K, V), dtype)
-    buffer, owed = np.empty(C * C, dtype), np.empty((C, V), dtype)
+    buffer, owed, inverse = np.empty(C * C, dtype), np.empty((C, V), dtype), np.empty(2 * C, dtype)
     states = np.empty((EVERY + 1, K, V), dtype)  # before each of the chunks that share a state, and after the last
     known, chunks = 0, -(-T // C)
     for r in range(first, last):
@@ -190,6 +219,8 @@ def backward(
                         take_decays(kind, C, g, g_at, b, h, e * C, single, from_start, to_end, between)
                         known = C
                     take(ws, k, k_at, b, h, e * C)
+                    if unit:
+                        _unit(ws, 1.0, inverse)
                     _strengthen(ws, ws, b, h, e * C, beta, beta_at)
                     multiply(ws, to_end, ws)
                     product(ws.T, errors[r, e * C : (e + 1) * C], new)
@@ -199,7 +230,7 @@ def backward(
             if kind != NONE or n != known:
                 take_decays(kind, n, g, g_at, b, h, t, single, from_start, to_end, between)
                 known = n
-            _readers(n, b, h, t, q, q_at, k, k_at, beta, beta_at, both, written, scores, between)
+            _readers(n, b, h, t, unit, scale, q, q_at, k, k_at, beta, beta_at, both, written, scores, between, inverse)
             readers, ws, M, F = both[: 2 * n], written[:n], matrix(scores, 2 * n, n), errors[r, t : t + n]
             S, after = states[c % EVERY], states[c % EVERY + 1]
             d_readers, d_ws, dF, dM, Z = (
@@ -240,7 +271,6 @@ def backward(
                 multiply_add(readers[n:], d_readers[n:], change)
                 multiply_subtract(ws, d_ws, change)
                 put_decay_gradient(kind, d_g, d_g_at, g, g_at, b, h, t, change, d_over)
-            put(d_q, d_q_at, b, h, t, d_readers[:n])
             origin = b * beta_at[0] + h * beta_at[1] + t * beta_at[2]
             d_origin = b * d_beta_at[0] + h * d_beta_at[1] + t * d_beta_at[2]
             for i in range(n):
@@ -248,6 +278,10 @@ def backward(
                 d_beta[d_origin + i * d_beta_at[2]] = dot(readers[n + i], row)
                 for d in range(K):
                     to[d] += strength * row[d]
+            if unit:
+                _unit_backward(d_readers[:n], readers[:n], scale, inverse)
+                _unit_backward(d_readers[n:], readers[n:], 1.0, inverse[n:])
+            put(d_q, d_q_at, b, h, t, d_readers[:n])
             put(d_k, d_k_at, b, h, t, d_readers[n:])
 
             multiply(readers, from_start, readers[:n])

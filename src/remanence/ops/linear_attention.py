@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ def linear_attention_reference(
     return (torch.stack(y, 2).to(value.dtype) if y else value), {"S": S}
 
 
-@tapped
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    changed = {name: F.silu(given[name]) for name in ("query", "key", "value")} if given["silu"] else {}
+    return given | changed | {"silu": False}
+
+
+@partial(tapped, plain=_plain)
 def linear_attention(
     query: Tensor,
     key: Tensor,

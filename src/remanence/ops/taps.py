@@ -107,8 +107,8 @@ def watched() -> bool:
     return bool(_handlers.get())
 
 
-def tapped(op: F) -> F:
-    """The same op, open to `tap`."""
+def tapped(op: F, plain: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> F:
+    """The same op, open to `tap`. `plain`: its arguments for handlers, where it does more than the recurrence itself."""
     signature = inspect.signature(op)
 
     def through(handlers: tuple[Handler, ...], arguments: dict[str, Any]) -> Any:
@@ -129,6 +129,7 @@ def tapped(op: F) -> F:
             return op(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return through(handlers, dict(bound.arguments))
+        arguments = dict(bound.arguments)
+        return through(handlers, arguments if plain is None else plain(arguments))
 
     return call  # type: ignore[return-value]
