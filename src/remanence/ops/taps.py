@@ -108,7 +108,7 @@ def watched() -> bool:
 
 
 def tapped(op: F, plain: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> F:
-    """The same op, open to `tap`. `plain`: its arguments for handlers, where it does more than the recurrence itself."""
+    """The same op, open to `tap`. `plain` makes its arguments those of the recurrence alone, for handlers."""
     signature = inspect.signature(op)
 
     def through(handlers: tuple[Handler, ...], arguments: dict[str, Any]) -> Any:
