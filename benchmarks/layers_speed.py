@@ -11,7 +11,7 @@ seconds for one; who takes more than --seconds in all has no figure. *Share* is 
 the layer's projections per second over the matrix rate, measured in the same process: what the recurrence, gates
 and norms leave of it. *Extra* is how far memory rises at its peak above what was there before the pass, with the layer
 and its input: activations, what is kept for the gradients, and the gradients themselves. *In pieces*: the same layer
-read by `remanence.memory.in_pieces`, an eighth at a time, keeping what its projections gave: less memory, and somewhat
+read by `remanence.memory.in_pieces`, a quarter at a time, keeping what its projections gave: less memory, and somewhat
 longer.
 
 The layers of transformers are timed as `pip install transformers` leaves them: in the PyTorch form that they have
@@ -64,7 +64,7 @@ PAIRS = {
     "torch.nn.GRU": "min-lstm-gru",
 }
 """Each peer, and which of ours does its work."""
-PIECES = 8
+PIECES = 4
 """That `in_pieces` reads a sequence in."""
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
 """For how long PyTorch's threads spin by default; `import remanence` makes it less, which peers would not have."""
