@@ -219,4 +219,4 @@ def _divide_backward(n, eps, m, most, y, den, d_sums, d_den, typical):
         back, along = dot(typical, row), dot(out, row)
         row[V] = -back
         share = 0.5 if abs(exact) == least else (1.0 if abs(exact) > least else 0.0)  # as of a maximum
-        d_den[i] = back - share * along * (1.0 if exact > 0 else -1.0)
+        d_den[i] = back - share * along * np.sign(exact)
