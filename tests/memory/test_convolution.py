@@ -24,9 +24,10 @@ from remanence.memory.smr import SMR
 from remanence.memory.tcnca import TCNCA, DilatedConvolutions, MovingAverage
 from remanence.memory.warp import WARP
 from remanence.models.vssm import VSSM, keyed_normal
+from remanence.ops import steps
 from remanence.ops.hippo import hippo_matrices, legs
 from remanence.ops.long_conv import long_conv
-from remanence.state import concat, flatten, select
+from remanence.state import concat, flatten, fork, select
 
 LAYERS = [
     HiPPO,
@@ -173,6 +174,30 @@ def test_the_moving_average_is_its_kernel() -> None:
     kernel = (read[..., None] * write[..., None] * decay[..., None] ** torch.arange(200)).sum(1)
     want = F.silu(long_conv(tokens, kernel)[0] + move.omega * tokens)
     torch.testing.assert_close(move(tokens, move.initial_state(2))[0], want, rtol=0, atol=1e-10)
+
+
+def test_a_stream_of_one_row_moves_its_past_seldom_and_shares_it_with_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(steps, "STEP_FROM", 0)
+    move = DilatedConvolutions(4, kernel=3, dilation=2, layers=2).double()
+    tokens = torch.randn(1, 30, 4, dtype=torch.float64)
+    same = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        want, _ = move(tokens, move.initial_state(1))
+        state, y, states = move.initial_state(1), [], []
+        for t, token in enumerate(tokens.split(1, 1)):
+            other, before, copied = tokens.roll(7, 1)[:, t : t + 1], fork(state), copy.deepcopy(state)
+            expected = move(other, before)
+            out, after = move(token, state)
+            same(move(other, state), expected)  # from the same state again, which is as it was
+            same(move(other, copied), expected)
+            y.append(out)
+            states.append(state := after)
+        same(torch.cat(y, 1), want)
+        assert len({held["1"]["tail"].untyped_storage().data_ptr() for held in states}) == 30 // 5
+        torch.save(state, tmp_path / "state.pt")
+        same(move(token, torch.load(tmp_path / "state.pt")), move(token, state))
 
 
 def test_tcnca_attends_only_within_the_chunk() -> None:

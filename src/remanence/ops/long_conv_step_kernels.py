@@ -1,4 +1,4 @@
-"""One token of a long convolution whose kernel is few functions of the lag, compiled for the CPU.
+"""One token of long convolutions, dilated or by few functions of the lag, compiled for the CPU.
 
 Tensors come as in `step_kernels`.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row
 from remanence.ops.compiled import jit, summing
-from remanence.ops.step_kernels import add, at
+from remanence.ops.step_kernels import activate, add, at
 from remanence.ops.vectors import expect_soon, fully, lanes, load, plus_product, put_totals, spread, store
 
 ROWS = 8
@@ -150,3 +150,32 @@ def basis_token(one, xs, tails, bases, weights, gains, offsets, biases, ys, afte
             else:
                 _with_lengths_one_by_one(weight, o * D, D, found[b], along, square)
             y[b, o] += _total(along, square, gain[o], offset[o], constant[b], least)
+
+
+@jit
+def dilated_residuals(one, xs, weights, ys, tails, afters, dilations, B, D, K):
+    """y = x + SiLU(Σ_j w_j x_{t − j·dilation}), one after another: x, y [B, D], weights [layers, D, K].
+
+    `tails` and `afters` are the addresses of what each has read and will have, [B, (K − 1)·dilation, D]. What comes
+    after may lie one token behind what was: then only the new token is written.
+    """
+    x, y, weight = at(one, xs, (B, D)), at(one, ys, (B, D)), at(one, weights, (len(dilations), D, K))
+    summed = np.empty(D, y.dtype)
+    for b in range(B):
+        out = y[b]
+        copy_row(x[b], out)
+        for i in range(len(dilations)):
+            apart, w, reach = dilations[i], weight[i].reshape(-1), (K - 1) * dilations[i]
+            tail, after = at(one, tails[i], (B, reach, D))[b], at(one, afters[i], (B, reach, D))[b]
+            for d in range(D):
+                summed[d] = w[d * K] * out[d]
+            for j in range(1, K):
+                seen = tail[reach - j * apart]
+                for d in range(D):
+                    summed[d] += w[d * K + j] * seen[d]
+            if reach:
+                if afters[i] != tails[i] + D * y.itemsize:
+                    copy_row(tail[1:].reshape(-1), after[: reach - 1].reshape(-1))
+                copy_row(out, after[reach - 1])
+            activate(summed)
+            add(summed, one, out)

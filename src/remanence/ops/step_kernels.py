@@ -226,33 +226,6 @@ def causal_conv(one, tails, xs, weights, biases, ys, afters, B, D, width, silu):
 
 
 @jit
-def dilated_residuals(one, xs, weights, ys, tails, afters, dilations, B, D, K):
-    """y = x + SiLU(Σ_j w_j x_{t − j·dilation}), one after another: x, y [B, D], weights [layers, D, K].
-
-    `tails` and `afters` are the addresses of what each has read and will have, [B, (K − 1)·dilation, D].
-    """
-    x, y, weight = at(one, xs, (B, D)), at(one, ys, (B, D)), at(one, weights, (len(dilations), D, K))
-    total = np.empty(D, y.dtype)
-    for b in range(B):
-        out = y[b]
-        copy_row(x[b], out)
-        for i in range(len(dilations)):
-            apart, w, reach = dilations[i], weight[i], (K - 1) * dilations[i]
-            tail, after = at(one, tails[i], (B, reach, D))[b], at(one, afters[i], (B, reach, D))[b]
-            for d in range(D):
-                total[d] = w[d, 0] * out[d]
-            for j in range(1, K):
-                seen = tail[reach - j * apart]
-                for d in range(D):
-                    total[d] += w[d, j] * seen[d]
-            if reach:
-                copy_row(tail[1:].reshape(-1), after[: reach - 1].reshape(-1))
-                copy_row(out, after[reach - 1])
-            activate(total)
-            add(total, one, out)
-
-
-@jit
 def normalise(one, xs, weights, biases, gates, ys, rows, width, groups, centred, kind, share, eps):
     """Rows [rows, width], each by its own: weight and bias [groups, width] go round with the rows; y may be x."""
     x, y, gate = at(one, xs, (rows, width)), at(one, ys, (rows, width)), at(one, gates, (rows, width))

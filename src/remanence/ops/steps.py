@@ -82,6 +82,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, si
     return y, after
 
 
+_long_conv = Kernels("long_conv_step_kernels")
+
+
 def dilated_residuals(
     x: Tensor, weight: Tensor, dilations: tuple[int, ...], tails: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
@@ -89,11 +92,29 @@ def dilated_residuals(
     (B, _, D), K = x.shape, weight.shape[2]
     for tail, dilation in zip(tails, dilations, strict=True):
         fits("dilated_residuals", tail, B, (K - 1) * dilation, D)
-    tails = [tail.contiguous() for tail in tails]
-    y, afters = blank(x), [blank(tail) for tail in tails]
+    tails = [tail if tail.is_contiguous() else tail.contiguous() for tail in tails]
+    y, afters = blank(x), [following(tail) for tail in tails]
     places = (tuple(part.data_ptr() for part in parts) for parts in (tails, afters))
-    run(kernels.dilated_residuals, (x, weight, y), *places, dilations, B, D, K)
+    run(_long_conv.dilated_residuals, (x, weight, y), *places, dilations, B, D, K)
     return y, afters
+
+
+def following(tail: Tensor) -> Tensor:
+    """Where the tail after this one is to be written: the rows [1, L, D] of this from the second on, and one more.
+
+    They stay where they are, if behind them is room that nobody has written to: a state is never altered, whoever reads
+    on from it first takes the room, and others begin with rows of their own. So of L tokens only one moves the rows.
+    """
+    B, L, D = tail.shape
+    if B != 1 or not L:
+        return blank(tail)
+    rows, first = tail.__dict__.pop("room", (None, 0))
+    # a copy of the tensor may have brought the room of another along
+    if rows is None or first == L or rows.data_ptr() + first * D * tail.itemsize != tail.data_ptr():
+        rows, first = tail.new_empty(1, 2 * L, D), -1
+    after = rows.narrow(1, first + 1, L)
+    after.__dict__["room"] = rows, first + 1
+    return after
 
 
 PLAIN, SILU, SIGMOID, ELU, SOFTMAX = 0, 1, 2, 3, 4
