@@ -171,19 +171,20 @@ class OmegaNet(FastWeightMemory):
         net, exact, lift = state["net"], isinstance(self, OmegaDelta), None
         if self.features is not None:
             lift = self.features.products()
-        y, after, tail = layer_steps.window_token(
+        y, after, tail, finite = layer_steps.window_token(
             project(self.qkv, x), project(self.gates, x), self.conv.weight, state["conv"]["tail"], net,
             self.readout.plan(x), lift, decays="retain" in self.names, squared=exact, most=self.max_step,
             bound=self.bound if exact else None,
         )  # fmt: skip
-        pos = net["pos"] + 1
-        if not math.isfinite(y.sum().item()):
-            self.diverged({**after, "pos": pos})
-        anchor = after["weight"]
+        if not finite:
+            self.diverged(after)
+        after["anchor"] = after["weight"]
         if self.chunk_size > 1:
-            ended, old = pos % self.chunk_size == 0, net["anchor"]
-            anchor = {"0": torch.where(ended[:, None, None, None], anchor["0"], old["0"])} if ended.any() else old
-        return project(self.readout.out, y), {"net": {**after, "anchor": anchor, "pos": pos}, "conv": {"tail": tail}}
+            ended, old = after["pos"] % self.chunk_size == 0, net["anchor"]
+            if ended.any():
+                old = {"0": torch.where(ended[:, None, None, None], after["weight"]["0"], old["0"])}
+            after["anchor"] = old
+        return project(self.readout.out, y), {"net": after, "conv": {"tail": tail}}
 
     def lift(self, *vectors: Tensor) -> list[Tensor]:
         """Unit queries and keys, and their features."""

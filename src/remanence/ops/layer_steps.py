@@ -6,6 +6,7 @@ convolution, activations, the recurrence, and the norm and gate of what was read
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -481,8 +482,8 @@ def window_token(
     squared: bool,
     most: float,
     bound: float | None,
-) -> tuple[Tensor, State, Tensor]:
-    """A matrix that writes a window of tokens: y, "weight", "momentum" and "window" of the next state, and its tail.
+) -> tuple[Tensor, State, Tensor, bool]:
+    """A matrix that writes a window of tokens: y, the next state without its anchor, its tail, and if y is finite.
 
     As `omega_delta`, or (not `squared`) without regard to what the matrix says, as `fast_weight` under the dot
     objective; queries and keys are lifted to features where `lift` says so.
@@ -503,13 +504,15 @@ def window_token(
     given = mixed, gates, taps, tail, roots, weight, gate, W, held, keys, values, y, after, moved, new_k, new_v, end
     sizes = B, H, (D - H * V) // (2 * H), F, V, 1 if keys is None else keys.shape[2] + 1, depth, width
     rule = int(decays), int(S is not None), squared, float(most), float(bound or 0), 1e-6
-    run(_omega.window_token, given, *which, *sizes, *rule, *readout.how(H)[1:])
-    told: State = {"weight": {"0": end}}
+    pos = net["pos"].contiguous()
+    told: State = {"weight": {"0": end}, "pos": blank(pos)}
+    when = pos.data_ptr(), told["pos"].data_ptr()
+    total = run(_omega.window_token, given, *when, *which, *sizes, *rule, *readout.how(H)[1:])
     if moved is not None:
         told["momentum"] = {"0": moved}
     if new_k is not None:
         told["window"] = {"key": new_k, "value": new_v}
-    return y, told, after
+    return y, told, after, math.isfinite(total)
 
 
 _long_conv = Kernels("long_conv_step_kernels")

@@ -8,12 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from remanence.ops.chunk_kernels import copy_row, dot, fill
+from remanence.ops.chunk_kernels import total as sum_of
 from remanence.ops.compiled import jit
 from remanence.ops.step_kernels import activate, at, convolve, keep_last, move, normalise, sigmoid, unit
-from remanence.ops.vectors import fully, lanes, load, minus, plus_product, spread, store, times, total
+from remanence.ops.vectors import expect_soon, fully, lanes, load, minus, plus_product, spread, store, times, total
 
 ROWS = 8
 """Of a matrix, which are asked at once."""
+LINE = 64
+"""Bytes that the cache fetches at once."""
 
 
 @jit
@@ -142,7 +145,7 @@ def _put_column(x, i, out):
 @jit
 def window_token(
     one, mixes, gates, taps, tails, roots, weights, opens, starts, momenta, keys, values, ys, afters,
-    next_momenta, next_keys, next_values, ends, factors, degrees, shares,
+    next_momenta, next_keys, next_values, ends, positions, next_positions, factors, degrees, shares,
     B, H, K, F, V, c, depth, width, decays, moves, squared, most, bound, small, kind, eps,
 ):  # fmt: skip
     """W' = a W + S', S' = η S + Σ_j θ γ_j (v_j − W k_j) k_jᵀ over the last c keys, y = W' q; `squared`, or without W k.
@@ -150,12 +153,17 @@ def window_token(
     Mixed [B, 2·H·K + H·V] passes a convolution and SiLU; queries and keys a norm to unit length, and features of
     `depth` factors each, where there are any. Gates [B, H · (decays + 1 + moves + c)] are logits, those of the window
     only for c > 1; θ is `most` of its share, and each θγ at most `bound`/(c‖k‖²), unless that is 0. Momenta may be
-    absent. W [B, H, V, F]; the window's keys [B, H, c − 1, F] and values. What is read passes a norm and a gate.
+    absent. W [B, H, V, F]; the window's keys [B, H, c − 1, F] and values. What is read passes a norm and a gate, and
+    its sum is returned, which is finite if all of it is.
     """
     D, own = 2 * H * K + H * V, decays + 1 + moves
     G = H * (own + (c if c > 1 else 0))
     mixed, gate, y = at(one, mixes, (B, D)), at(one, gates, (B, G)), at(one, ys, (B, H, V))
-    tap, tail, after = at(one, taps, (D, width)), at(one, tails, (B, width - 1, D)), at(one, afters, (B, width - 1, D))
+    tap, tail, tail_after = (
+        at(one, taps, (D, width)),
+        at(one, tails, (B, width - 1, D)),
+        at(one, afters, (B, width - 1, D)),
+    )
     start, W = at(one, starts, (B, H, V, F)), at(one, ends, (B, H, V, F))
     held, S = at(one, momenta, (B, H, V, F)), at(one, next_momenta, (B, H, V, F))
     old_k, old_v = at(one, keys, (B, H, c - 1, F)), at(one, values, (B, H, c - 1, V))
@@ -170,7 +178,7 @@ def window_token(
     much, alike, reads = np.zeros(wide, y.dtype), np.zeros(wide, y.dtype), np.empty(ROWS, y.dtype)
     for b in range(B):
         fill(row, 0)
-        convolve(tap, tail[b], mixed[b], row, after[b])
+        convolve(tap, tail[b], mixed[b], row, tail_after[b])
         activate(row)
         logits = gate[b]
         for h in range(H):
@@ -207,6 +215,9 @@ def window_token(
                 _put_column(query, c, columns)
             out, W_old, W_new, S_old, S_new = y[b, h], start[b, h], W[b, h], held[b, h], S[b, h]
             for first in range(0, V, ROWS):
+                for f in range((first + ROWS) * F, (first + 2 * ROWS) * F, LINE // y.itemsize):
+                    expect_soon(W_old, f)
+                    expect_soon(W_new, f)
                 _correct(W_old, first, asked, columns, told, much, alike, errors, reads)
                 count = min(ROWS, V - first)
                 for r in range(count):
@@ -222,3 +233,7 @@ def window_token(
                     else:
                         _write(W_old, keep, errors, r, near, first + r, W_new)
     normalise(one, ys, weights, 0, opens, ys, B * H, V, 1, False, kind, 1 / V, eps)
+    position, after = at(np.int64(0), positions, (B,)), at(np.int64(0), next_positions, (B,))
+    for b in range(B):
+        after[b] = position[b] + 1
+    return sum_of(y.reshape(-1))

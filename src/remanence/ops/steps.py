@@ -49,7 +49,7 @@ kernels = Kernels("step_kernels")
 _ONE = {torch.float32: np.float32(1), torch.float64: np.float64(1)}
 
 
-def run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> None:
+def run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> Any:
     """Call a kernel with where its tensors lie, in the precision of the last; an absent one lies nowhere."""
     dtype, addresses, copies = tensors[-1].dtype, [], []  # type: ignore[union-attr]
     for x in tensors:
@@ -60,7 +60,7 @@ def run(kernel: Any, tensors: tuple[Tensor | None, ...], *how: Any) -> None:
             x = x.to(dtype).contiguous()
             copies.append(x)  # which must live until the kernel has read it
         addresses.append(x.data_ptr())
-    kernel(_ONE[dtype], *addresses, *how)
+    return kernel(_ONE[dtype], *addresses, *how)
 
 
 def blank(like: Tensor) -> Tensor:
