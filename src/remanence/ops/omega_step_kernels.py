@@ -29,9 +29,9 @@ def _lift(x, factors, degrees, shares, roots, padded, out):
     copy_row(x, padded[:width])
     padded[width] = 1
     for f in range(out.shape[0]):
-        product = roots[degrees[f]] * out.dtype.type(shares[f])
+        product = roots[np.uint64(degrees[f])] * out.dtype.type(shares[f])
         for i in range(factors.shape[1]):
-            product *= padded[factors[f, i]]
+            product *= padded[np.uint64(factors[f, i])]  # unsigned: none is counted from the end
         out[f] = product
 
 
