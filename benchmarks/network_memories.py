@@ -103,7 +103,7 @@ def measure(name: str, batch: int, length: int, path: str, seconds: float) -> di
     before = peak_memory()
     once(x)
     extra, times = peak_memory() - before, []
-    while not times or (len(times) < 5 and sum(times) < seconds):
+    while not times or (len(times) < 25 and sum(times) < seconds):
         began = time.perf_counter()
         once(x)
         times.append(time.perf_counter() - began)

@@ -218,7 +218,8 @@ def test_a_convolution_of_features_apart_is_that_of_all_of_them(bias, T):
     x = torch.randn(2, T, 7, dtype=torch.float64, requires_grad=True)
     state = {"tail": torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)}
     leaves = [x, state["tail"], *conv.parameters()]
-    ys, apart = conv.apart(x.split([2, 5], -1), state, silu=True)
+    ys, apart = conv.apart(x.split([2, 5], -1), state, [2, 1, 4], silu=True)
+    assert [y.shape[-1] for y in ys] == [2, 1, 4]
     y, whole = conv(x, state, silu=True)
     torch.testing.assert_close(torch.cat(ys, -1), y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(apart["tail"], whole["tail"], rtol=0, atol=0)

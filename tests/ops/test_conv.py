@@ -72,3 +72,28 @@ def test_bfloat16_keeps_a_float32_tail(draw):
 def test_wrong_width_says_what_was_expected(draw):
     with pytest.raises(ShapeError, match="features=3"):
         causal_conv(draw(0)(2, 9, 5), draw(1)(3, 4))
+
+
+@pytest.mark.parametrize("T", [0, 1, 2, 200])
+@pytest.mark.parametrize("silu", [False, True])
+def test_parts_are_those_of_the_whole(draw, T, silu):
+    x, weight, bias, tail = draw(0)(2, T, 300), draw(1)(300, 4), draw(2)(300), draw(3)(2, 3, 300)
+    leaves = [x, weight, bias, tail]
+    whole, after = causal_conv(x, weight, bias, {"tail": tail}, silu=silu)
+    parts, end = causal_conv(x, weight, bias, {"tail": tail}, silu=silu, widths=[130, 7, 163])
+    assert [part.shape for part in parts] == [(2, T, n) for n in (130, 7, 163)]
+    assert torch.equal(torch.cat(parts, -1), whole)
+    assert torch.equal(end["tail"], after["tail"])
+
+    # of the middle part nothing is asked; the gradients of the others lie apart
+    def gradients(first, last, **how):
+        return torch.autograd.grad(first.sin().sum() + last.square().sum(), leaves, retain_graph=True, **how)
+
+    ends = (whole[..., :130], whole[..., 137:]), (parts[0], parts[2])
+    wanted, found = (gradients(*pair) for pair in ends)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    twice = [gradients(*pair, create_graph=True) for pair in ends]
+    wanted, found = (torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in twice)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)

@@ -198,8 +198,8 @@ class FastWeightMemory(Memory):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         state = self.begin(x, state)
-        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True)
-        q, k, v = (split(part, self.heads) for part in mixed.split(self.widths, -1))
+        mixed, conv = self.conv(self.qkv(x), state["conv"], silu=True, widths=self.widths)
+        q, k, v = (split(part, self.heads) for part in mixed)
         q, k = self.lift(q, k)
         gates = self.gate(x)
         if self.spread > 1:

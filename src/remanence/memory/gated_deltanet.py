@@ -122,8 +122,7 @@ class GatedDeltaNet(Memory):
         return self._read(x, state)
 
     def _read(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        (q, kv), conv = self.conv.apart([self.q(x), self.kv(x)], state["conv"], silu=True)
-        k, v = kv.split(self.widths[1:], -1)
+        (q, k, v), conv = self.conv.apart([self.q(x), self.kv(x)], state["conv"], self.widths, silu=True)
         k, v, beta = (p.unflatten(-1, (self.writes, -1)).flatten(1, 2) for p in (k, v, self.beta(x)))
         k, beta = self.write(split(k, self.heads), self.most * wide(beta).sigmoid().transpose(1, 2))
         q = split(q, self.heads)

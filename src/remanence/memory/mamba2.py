@@ -107,8 +107,7 @@ class Mamba2(Memory):
             y, S, tail = mamba2(projected, held, learnt, state["S"], self.groups, self.step_limit, *how)
             return self.out(y), {"S": S, "conv": {"tail": tail}}
         z, mixed, step = projected.split([inner, sum(self.widths), self.heads], dim=-1)
-        mixed, conv = self.conv(mixed, state["conv"], silu=True)
-        u, B, C = mixed.split(self.widths, dim=-1)
+        (u, B, C), conv = self.conv(mixed, state["conv"], silu=True, widths=self.widths)
         u = split(u, self.heads)
         k, q = (self._share(split(part, self.groups)) for part in (B, C))
         step = F.softplus(wide(step) + wide(self.step_bias)).clamp(*self.step_limit).transpose(1, 2)

@@ -157,19 +157,26 @@ class ShortConv(nn.Module):
         dim, width = self.weight.shape
         return {"tail": zeros(self.weight, batch, width - 1, dim)}
 
-    def forward(self, x: Tensor, state: State | None = None, *, silu: bool = False) -> tuple[Tensor, State]:
-        """The convolution, or its SiLU in the same pass."""
+    def forward(
+        self, x: Tensor, state: State | None = None, *, silu: bool = False, widths: Sequence[int] | None = None
+    ) -> tuple[Any, State]:
+        """The convolution, or its SiLU in the same pass; with `widths` in parts of so many features."""
         bias = None if self.bias is None else wide(self.bias)
-        return ops.causal_conv(wide(x), wide(self.weight), bias, state, silu=silu)
+        return ops.causal_conv(wide(x), wide(self.weight), bias, state, silu=silu, widths=widths)
 
-    def apart(self, xs: Sequence[Tensor], state: State, *, silu: bool = False) -> tuple[list[Tensor], State]:
-        """The same of features that stand in several tensors, which need not be joined for it."""
-        widths = [x.shape[-1] for x in xs]
-        weights, tails = wide(self.weight).split(widths), state["tail"].split(widths, -1)
-        biases = [None] * len(xs) if self.bias is None else wide(self.bias).split(widths)
-        each = zip(xs, weights, biases, tails, strict=True)
-        made = [ops.causal_conv(wide(x), w, b, {"tail": tail}, silu=silu) for x, w, b, tail in each]
-        return [y for y, _ in made], {"tail": torch.cat([after["tail"] for _, after in made], -1)}
+    def apart(
+        self, xs: Sequence[Tensor], state: State, widths: Sequence[int], *, silu: bool = False
+    ) -> tuple[list[Tensor], State]:
+        """The same of features that stand in several tensors, which need not be joined for it; each has whole parts."""
+        sizes, rest, made = [x.shape[-1] for x in xs], iter(widths), []
+        weights, tails = wide(self.weight).split(sizes), state["tail"].split(sizes, -1)
+        biases = [None] * len(xs) if self.bias is None else wide(self.bias).split(sizes)
+        for x, w, b, tail in zip(xs, weights, biases, tails, strict=True):
+            own = [next(rest)]
+            while sum(own) < x.shape[-1]:
+                own.append(next(rest))
+            made.append(ops.causal_conv(wide(x), w, b, {"tail": tail}, silu=silu, widths=own))
+        return [y for ys, _ in made for y in ys], {"tail": torch.cat([after["tail"] for _, after in made], -1)}
 
 
 class DecayGate(nn.Module):

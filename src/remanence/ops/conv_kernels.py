@@ -50,20 +50,23 @@ def forward(first, last, tail, x, at, taps, bias, silu, y):
 
 
 @jit
-def backward(first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias):
-    """Gradients; all but d_x come as zeros."""
+def backward(first, last, before, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias):
+    """Gradients; all but d_x come as zeros. d_y is of the features from `before` on, of which it counts."""
     z, g = np.empty(last - first, tail.dtype), np.empty(last - first, tail.dtype)
     for b in range(tail.shape[0]):
         _backward(
-            b, first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias, z, g
-        )
+            b, first + before, last + before, before, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x,
+            d_x_at, d_taps, d_bias, z, g,
+        )  # fmt: skip
 
 
 @borrowing
-def _backward(b, first, last, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias, z, g):
+def _backward(
+    b, first, last, before, T, tail, x, at, taps, bias, silu, d_y, d_y_at, d_tail, d_x, d_x_at, d_taps, d_bias, z, g
+):  # fmt: skip
     width, D, d_b = taps.shape[0], last - first, d_bias[first:last]
     for t in range(T):
-        start = b * d_y_at[0] + t * d_y_at[1]
+        start = b * d_y_at[0] + t * d_y_at[1] - before
         given = d_y[start + first : start + last]
         if silu:
             _sum(b, t, first, last, tail, x, at, taps, bias, z)
