@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ class _Straight(nn.Module):
     def initial_state(self, batch: int) -> State:
         return {}
 
-    def forward(self, x: Tensor, state: State, *, silu: bool) -> tuple[Tensor, State]:
-        return x, state
+    def forward(
+        self, x: Tensor, state: State, *, silu: bool, widths: Sequence[int]
+    ) -> tuple[tuple[Tensor, ...], State]:
+        return x.split(list(widths), -1), state
 
 
 class _Constant(nn.Module):
